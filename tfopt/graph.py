@@ -459,3 +459,22 @@ def called_functions(node: NodeDef) -> list[str]:
         elif attr.HasField("list"):
             names.extend(f.name for f in attr.list.func)
     return names
+
+
+Shape = tuple[int | None, ...] | None
+
+
+def infer_shapes(graph: Graph, library: Iterable[FunctionDef] = ()) -> dict[str, Shape]:
+    """Static shapes of every output by TensorFlow's own shape functions.
+
+    Returns:
+      Reference -> shape, with None for an unknown dimension, or None as a whole for an unknown rank.
+    """
+    with tf.Graph().as_default() as imported:
+        tf.graph_util.import_graph_def(graph.to_graph_def(library), name="")
+    shapes: dict[str, Shape] = {}
+    for operation in imported.get_operations():
+        for port, tensor in enumerate(operation.outputs):
+            rank = tensor.shape.rank
+            shapes[join(operation.name, port)] = None if rank is None else tuple(tensor.shape.as_list())
+    return shapes
