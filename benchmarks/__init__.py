@@ -1,0 +1,1 @@
+"""Side-by-side measurements of tfopt against its peers; never run by the tests."""
