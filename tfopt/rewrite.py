@@ -1,7 +1,7 @@
 """Patterns, rules, and the engine that applies them: every safety check lives here, none in a rule.
 
-A rule is data: a pattern and a function from its match to what takes the place of the matched root. The engine refuses a
-match, with a reason, whose interior nodes are visible from outside (another consumer, a result of the graph, a control
+A rule is data: a pattern and a function from its match to what takes the place of the matched root. The engine refuses
+a match, with a reason, whose interior nodes are visible from outside (another consumer, a result of the graph, a control
 edge, another output port in use), and keeps control dependencies when a node goes away. A rule declines by raising
 `Refused`; that is the only way.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from tensorflow.core.framework.node_def_pb2 import NodeDef
@@ -22,15 +23,17 @@ MAX_SWEEPS = 50
 
 # Stateful in TensorFlow's registry, yet free to reorder or drop: they change nothing that others can see.
 PURE_STATEFUL = frozenset(
-    "Placeholder VarHandleOp HashTableV2 MutableHashTableV2 LookupTableFindV2 LookupTableSizeV2 "
-    "RandomUniform RandomStandardNormal TruncatedNormal RandomUniformInt Multinomial RandomShuffle "
-    "StatelessIf StatelessWhile StatelessCase VariableV2 Variable VarIsInitializedOp IsVariableInitialized "
-    "Assert Print PrintV2 ImageSummary ScalarSummary HistogramSummary AudioSummaryV2 TensorSummaryV2 MergeSummary "
-    "FusedBatchNormV3 ParallelMapDataset".split()
+    (
+        *("Placeholder", "VarHandleOp", "VarIsInitializedOp", "StatelessIf", "StatelessWhile", "StatelessCase"),
+        *("HashTableV2", "MutableHashTableV2", "LookupTableFindV2", "LookupTableSizeV2"),
+        *("RandomUniform", "RandomStandardNormal", "TruncatedNormal", "RandomUniformInt", "Multinomial"),
+        *("Assert", "Print", "PrintV2", "ImageSummary", "ScalarSummary", "HistogramSummary", "AudioSummaryV2"),
+        *("TensorSummaryV2", "MergeSummary"),
+    )
 )
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818 (a decision, not an error)
     """A rewrite declines a match; the message is the reason that reaches the report."""
 
 
@@ -91,17 +94,17 @@ class Rule:
     Attributes:
       name: how the report calls it.
       pattern: what it matches; its root is the node to be replaced.
-      rewrite: from the match to the replacement of the root: a reference that takes over for the root's first output, or
-        a NodeDef that takes the root's place under the root's name. It may add nodes to the graph, and edits nothing else.
+      rewrite: from the match to the replacement of the root: a reference that takes over for the root's first output,
+        or a NodeDef that takes the root's place under the root's name. It may add nodes, and edits nothing else.
     """
 
     name: str
     pattern: Op
-    rewrite: Callable[[Match], str | NodeDef]
+    rewrite: Callable[[Match], Any]
 
 
 def has_effect(node: NodeDef) -> bool:
-    """Whether running the node is visible otherwise than through its outputs (assignments, queues, I/O, order of reads)."""
+    """Whether running the node is visible otherwise than by its outputs (assignments, queues, I/O, ordered reads)."""
     if node.op in PURE_STATEFUL:
         return False
     definition = op_def(node.op)
