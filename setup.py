@@ -1,0 +1,49 @@
+"""Packages tfopt and its scripts."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# The ranges are those that the tests ran with: TensorFlow 2.21 decides most of them. protobuf 7 drops an
+# API that TensorFlow's companions still use; litert-quantizer pins the ai-edge-litert that it goes with.
+REQUIRES = [
+    "absl-py>=1.4,<3",
+    "ai-edge-litert>=2.3,<2.4",
+    "jinja2>=3.1,<4",
+    "keras>=3.12,<4",
+    "litert-quantizer>=0.11,<0.12",
+    "numpy>=2,<3",
+    "protobuf>=6.31.1,<7",
+    "setuptools<81",  # pkg_resources, which parts of TensorFlow's tooling still import
+    "tensorflow>=2.21,<2.22",
+    "tqdm>=4.60,<5",
+]
+EXTRAS = {
+    # Models saved by Keras 2, and the TensorFlow Model Optimization Toolkit, which works on those only.
+    "keras2": ["tensorflow-model-optimization>=0.8,<0.9", "tf-keras>=2.21,<2.22"],
+    "serving": ["tensorflow-serving-api>=2.21,<2.22"],
+    "digits": ["scikit-learn>=1.5,<2"],  # the data of pipelines/train_digits.py
+}
+# A formatter or a type checker of another version finds other faults: these two are pinned.
+EXTRAS["test"] = [*EXTRAS["digits"], "mypy==2.4.1", "pytest>=8,<10", "ruff==0.17.6"]
+
+SCRIPTS = {
+    "tfopt-optimize": "optimize",
+    "tfopt-inspect": "inspect_model",
+    "tfopt-compare": "compare",
+    "tfopt-run-tflite": "run_tflite",
+}
+
+setup(
+    name="tfopt",
+    version="0.1.0",
+    description="Makes trained TensorFlow models smaller and faster, and proves it",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["tfopt", "tfopt.*", "pipelines", "pipelines.*"]),
+    package_data={"tfopt": ["**/*.j2", "py.typed"]},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": [f"{command} = pipelines.{module}:run" for command, module in SCRIPTS.items()]},
+)
