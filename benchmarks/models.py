@@ -76,6 +76,10 @@ def _settle(model, name: str) -> None:
                 weight.assign(rng.normal(0, 0.1, value.shape) if shift else rng.uniform(0.1, 1.0, value.shape))
             elif kind == "bias":
                 weight.assign(value + rng.normal(0, 0.05, value.shape))
+    head = model.layers[-1]
+    if norms and len(model.outputs) == 1:  # logits of unit spread: a saturated softmax would hide every error
+        features = np.asarray(keras.Model(model.inputs, head.input)(images))
+        head.kernel.assign(head.kernel / np.std(features @ np.asarray(head.kernel)))
 
 
 def _application(class_name: str) -> Callable:
