@@ -1,0 +1,1 @@
+"""The scripts of tfopt: thin, flags in and exit code out."""
