@@ -1,0 +1,190 @@
+"""One reader per kind of data source; each returns arrays by name, and labels, as they are in the source."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tfopt import examples
+from tfopt.data import TensorSpec, whole_inputs
+from tfopt.errors import TfoptError
+
+Arrays = dict[str, np.ndarray]
+
+
+def read_npz(source: str) -> Arrays:
+    """Reads every array of an .npz file; never unpickles."""
+    path = Path(source)
+    if not path.is_file():
+        raise TfoptError(f"{source}: no such file")
+    if not zipfile.is_zipfile(path):
+        raise TfoptError(f"{source}: not an .npz file (numpy.savez writes them)")
+    arrays: Arrays = {}
+    name = ""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            for name in archive.files:
+                arrays[name] = archive[name]
+                if not isinstance(arrays[name], np.ndarray):
+                    raise TfoptError(f"{source}: '{name}' is not an array")
+    except (ValueError, OSError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        if "allow_pickle" in str(error):
+            raise TfoptError(
+                f"{source}: array '{name}' holds Python objects, which are not read because they can run code: "
+                "save numbers, or strings of dtype 'S' or 'U'"
+            ) from error
+        raise TfoptError(f"{source}: array '{name}' cannot be read: {one_line(error)}") from error
+    return arrays
+
+
+def read_tfrecords(
+    source: str,
+    specs: Mapping[str, TensorSpec],
+    feature_spec: Mapping[str, Any] | None,
+    label: str,
+    limit: int | None,
+) -> tuple[Arrays, np.ndarray | None]:
+    """Reads tf.Examples, as they are or parsed (see `tfopt.data.load`), and the feature that holds the labels."""
+    records = _records(source, limit)
+    first = examples.decode(source, records[0])
+    serialized = examples.serialized_input(specs)
+    if serialized is not None and (feature_spec or serialized not in first.features.feature):
+        if feature_spec:  # what the model itself would stumble over
+            examples.parse(source, records, feature_spec)
+        arrays: Arrays = {serialized: np.array(records, dtype=object)}
+    else:
+        known = feature_spec or {}
+        features = {n: known.get(n) or examples.feature_of(source, spec) for n, spec in specs.items()}
+        parsed = examples.parse(source, records, features)
+        arrays = {n: examples.as_rows(source, n, value, specs[n].shape) for n, value in parsed.items()}
+    labels = None if label in specs else examples.label_column(source, records, label)
+    return arrays, labels
+
+
+def read_function(source: str, specs: Mapping[str, TensorSpec], limit: int | None) -> tuple[Arrays, np.ndarray | None]:
+    """Calls the function that `python:module:function` names, and gathers the rows of its tf.data.Dataset."""
+    module, _, function = source.removeprefix("python:").rpartition(":")
+    if not module or not function:
+        raise TfoptError(f"{source}: wants python:package.module:function")
+    with _working_directory_on_path():
+        try:
+            dataset = getattr(importlib.import_module(module), function)()
+            if not hasattr(dataset, "as_numpy_iterator"):
+                raise TfoptError(f"{source}: wants a tf.data.Dataset, received {type(dataset).__name__}")
+            if limit is None and dataset.cardinality() == -1:  # tf.data.INFINITE_CARDINALITY
+                raise TfoptError(f"{source}: the dataset has no end: give it one with .take(rows)")
+            return _gather(source, dataset, specs, limit)
+        except TfoptError:
+            raise
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
+            raise TfoptError(f"{source}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the message of an exception on one line of moderate length."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _records(source: str, limit: int | None) -> list[bytes]:
+    """Reads the records of the TFRecord files that match a glob, in the order of their names."""
+    import tensorflow as tf
+
+    files = sorted(tf.io.gfile.glob(source))
+    if not files:
+        raise TfoptError(f"{source}: no file matches")
+    records: list[bytes] = []
+    for file in files:
+        if tf.io.gfile.isdir(file):
+            raise TfoptError(f"{source}: {file} is a directory: name its files, such as '{file.rstrip('/')}/*'")
+        try:
+            with tf.io.gfile.GFile(file, "rb") as stream:
+                compression = "GZIP" if stream.read(2) == b"\x1f\x8b" else ""
+            for record in tf.data.TFRecordDataset(file, compression_type=compression).as_numpy_iterator():
+                records.append(record)
+                if len(records) == limit:
+                    return records
+        except tf.errors.OpError as error:
+            raise TfoptError(f"{file}: not a TFRecord file, or a damaged one: {one_line(error)}") from error
+    if not records:
+        raise TfoptError(f"{source}: holds no rows")
+    return records
+
+
+def _gather(
+    source: str, dataset: Any, specs: Mapping[str, TensorSpec], limit: int | None
+) -> tuple[Arrays, np.ndarray | None]:
+    """Collects the elements of a tf.data.Dataset into arrays with rows on axis 0."""
+    whole = whole_inputs(specs)
+    columns: dict[str, list[np.ndarray]] = {}
+    labels: list[np.ndarray] = []
+    batched = None
+    rows = 0
+    for element in dataset.as_numpy_iterator():
+        inputs, label = element if isinstance(element, tuple) and len(element) == 2 else (element, None)
+        if not isinstance(inputs, dict):
+            wanted = ", ".join(f"'{name}'" for name in specs)
+            raise TfoptError(
+                f"{source}: wants elements that are a dict with {wanted}, or (dict, label); "
+                f"received {type(inputs).__name__}"
+            )
+        arrays = {name: _array(value) for name, value in inputs.items()}
+        if batched is None:
+            batched = _is_batched(arrays, specs, dataset.element_spec)
+        for name, array in arrays.items():
+            if name not in whole:
+                columns.setdefault(name, []).append(array if batched else array[None])
+            elif name not in columns:  # the same for all rows
+                columns[name] = [array]
+        if label is not None:
+            labels.append(_array(label) if batched else _array(label)[None])
+        counted = [array for name, array in arrays.items() if name not in whole]
+        rows += len(counted[0]) if batched and counted else 1
+        if limit is not None and rows >= limit:
+            break
+    if not rows:
+        raise TfoptError(f"{source}: holds no rows")
+    joined = {name: _join(source, f"input '{name}'", parts) for name, parts in columns.items()}
+    return joined, _join(source, "the labels", labels) if labels else None
+
+
+def _is_batched(arrays: Arrays, specs: Mapping[str, TensorSpec], element_spec: Any) -> bool:
+    """Tells whether the elements have a row axis: by rank, or where the model's is unknown, by an open axis 0."""
+    counted = [name for name in specs.keys() & arrays.keys() if name not in whole_inputs(specs)]
+    for name in counted:
+        if (shape := specs[name].shape) is not None:
+            return arrays[name].ndim == len(shape)
+    element_inputs = element_spec[0] if isinstance(element_spec, tuple) else element_spec
+    shapes = [element_inputs[name].shape for name in counted]
+    return any(shape.rank and shape[0] is None for shape in shapes)
+
+
+def _array(value: Any) -> np.ndarray:
+    """Returns a NumPy array; bytes go to an object array, as NumPy's own string arrays drop trailing zeros."""
+    return np.array(value, dtype=object) if isinstance(value, bytes) else np.asarray(value)
+
+
+def _join(source: str, name: str, parts: list[np.ndarray]) -> np.ndarray:
+    shapes = sorted({part.shape[1:] for part in parts})
+    if len(shapes) > 1:
+        raise TfoptError(f"{source}: {name}: wants rows of one shape, received {', '.join(map(str, shapes[:4]))}")
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+@contextlib.contextmanager
+def _working_directory_on_path() -> Iterator[None]:
+    directory = str(Path.cwd())
+    sys.path.insert(0, directory)
+    try:
+        yield
+    finally:
+        if directory in sys.path:
+            sys.path.remove(directory)
