@@ -54,10 +54,9 @@ def parse(source: str, records: Sequence[bytes], features: Mapping[str, Any]) ->
     try:
         return tf.io.parse_example(list(records), dict(features))
     except (tf.errors.OpError, ValueError) as error:
-        message = re.sub(r"\{\{.*?\}\}|\[Op:.*", "", str(error)).strip().removeprefix("Name: <unknown>, ")
         received = ", ".join(f"'{name}'" for name in sorted(decode(source, records[0]).features.feature))
         raise TfoptError(
-            f"{source}: the examples do not fit the features of the model: {' '.join(message.split())[:300]} "
+            f"{source}: the examples do not fit the features of the model: {one_line(error)} "
             f"(the first record holds {received or 'no features'})"
         ) from error
 
@@ -104,6 +103,12 @@ def label_column(source: str, records: Sequence[bytes], label: str) -> np.ndarra
     count = len(getattr(features[label], kind).value)
     shape = [] if count == 1 else [count]
     return parse(source, records, {label: tf.io.FixedLenFeature(shape, dtype)})[label].numpy()
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the message of an exception on one line of moderate length, without TensorFlow's ornaments."""
+    message = re.sub(r"\{\{.*?\}\}|\[Op:.*|^Name: <unknown>, ", "", " ".join(str(error).split())).strip()
+    return message if len(message) <= 300 else message[:297] + "..."
 
 
 def _example_type(dtype: Any) -> str:

@@ -41,7 +41,7 @@ def read_npz(source: str) -> Arrays:
                 f"{source}: array '{name}' holds Python objects, which are not read because they can run code: "
                 "save numbers, or strings of dtype 'S' or 'U'"
             ) from error
-        raise TfoptError(f"{source}: array '{name}' cannot be read: {one_line(error)}") from error
+        raise TfoptError(f"{source}: array '{name}' cannot be read: {examples.one_line(error)}") from error
     return arrays
 
 
@@ -85,13 +85,7 @@ def read_function(source: str, specs: Mapping[str, TensorSpec], limit: int | Non
         except TfoptError:
             raise
         except (Exception, SystemExit) as error:  # the user's code may raise anything
-            raise TfoptError(f"{source}: {type(error).__name__}: {one_line(error)}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """Returns the message of an exception on one line of moderate length."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."
+            raise TfoptError(f"{source}: {type(error).__name__}: {examples.one_line(error)}") from error
 
 
 def _records(source: str, limit: int | None) -> list[bytes]:
@@ -113,7 +107,7 @@ def _records(source: str, limit: int | None) -> list[bytes]:
                 if len(records) == limit:
                     return records
         except tf.errors.OpError as error:
-            raise TfoptError(f"{file}: not a TFRecord file, or a damaged one: {one_line(error)}") from error
+            raise TfoptError(f"{file}: not a TFRecord file, or a damaged one: {examples.one_line(error)}") from error
     if not records:
         raise TfoptError(f"{source}: holds no rows")
     return records
