@@ -12,14 +12,13 @@ from tensorflow.core.framework.function_pb2 import FunctionDef
 from tensorflow.core.protobuf.meta_graph_pb2 import AssetFileDef, MetaGraphDef, SignatureDef
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
-from tfopt.errors import TfoptError
+from tfopt.errors import TfoptError, one_line
 from tfopt.graph import WEIGHT_ELEMENTS, Graph, called_functions, make_node, split
 from tfopt.inline import INIT_SIGNATURE, TRAIN_SIGNATURE, inline, tensor_names
 from tfopt.variables import (
     CheckpointKey,
     bypass_handle_identities,
     demote,
-    first_line,
     object_graph_keys,
     read_checkpoint,
     read_only,
@@ -130,16 +129,16 @@ def load(path: str | Path, signatures: list[str] | None = None) -> Model:
     total = len(meta.graph_def.node) + sum(len(f.node_def) for f in meta.graph_def.library.function)
     kept = _choose_signatures(meta, signatures, directory)
     prefix = str(directory / "variables" / "variables")
+    assets = _assets(meta)
     try:
         captured = object_graph_keys(meta, prefix)
     except (tf.errors.OpError, ValueError, KeyError, IndexError, DecodeError, RuntimeError) as error:
-        raise TfoptError(f"{prefix}: the checkpoint's object graph cannot be read: {first_line(error)}") from error
+        raise TfoptError(f"{prefix}: the checkpoint's object graph cannot be read: {one_line(error)}") from error
     try:
         inlined = inline(meta, kept)
     except (tf.errors.OpError, ValueError, KeyError, IndexError, RuntimeError) as error:
-        raise TfoptError(f"{directory / 'saved_model.pb'}: the graph is damaged: {first_line(error)}") from error
+        raise TfoptError(f"{directory / 'saved_model.pb'}: the graph is damaged: {one_line(error)}") from error
 
-    assets = list(meta.asset_file_def)
     asset_nodes = [split(asset.tensor_info.name)[0] for asset in assets]
     keep = [name for name in (inlined.init, inlined.restore) if name]
     inputs = [split(t)[0] for s in kept.values() for i in s.inputs.values() for _, t in tensor_names(i)]
@@ -197,12 +196,21 @@ def _read_meta_graph(directory: Path) -> MetaGraphDef:
     try:
         saved = SavedModel.FromString(file.read_bytes())
     except (DecodeError, OSError, UnicodeDecodeError) as error:
-        raise TfoptError(f"{file}: cannot be read as a SavedModel: {first_line(error)}") from error
+        raise TfoptError(f"{file}: cannot be read as a SavedModel: {one_line(error)}") from error
     serving = [meta for meta in saved.meta_graphs if "serve" in meta.meta_info_def.tags]
     candidates = serving or list(saved.meta_graphs)
     if not candidates:
         raise TfoptError(f"{file}: holds no MetaGraph; it is empty or damaged")
     return min(candidates, key=lambda meta: len(meta.meta_info_def.tags))
+
+
+def _assets(meta: MetaGraphDef) -> list[AssetFileDef]:
+    """The asset files, moved from the collection where TF 1 kept them to the field that they have now."""
+    if not meta.asset_file_def:
+        for packed in meta.collection_def["saved_model_assets"].any_list.value:
+            asset = meta.asset_file_def.add()
+            packed.Unpack(asset)
+    return list(meta.asset_file_def)
 
 
 def _choose_signatures(meta: MetaGraphDef, wanted: list[str] | None, directory: Path) -> dict[str, SignatureDef]:

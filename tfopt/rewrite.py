@@ -1,9 +1,9 @@
 """Patterns, rules, and the engine that applies them: every safety check lives here, none in a rule.
 
 A rule is data: a pattern and a function from its match to what takes the place of the matched root. The engine refuses
-a match, with a reason, whose interior nodes are visible from outside (another consumer, a result of the graph, a control
-edge, another output port in use), and keeps control dependencies when a node goes away. A rule declines by raising
-`Refused`; that is the only way.
+a match, with a reason, whose interior nodes are visible from outside (another consumer, a result of the graph, a
+control edge, another output port in use), and keeps control dependencies when a node goes away. A rule declines by
+raising `Refused`; that is the only way.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def _commit(graph: Graph, match: Match, rule: Rule) -> None:
         split(ref)[0] == root.name and split(ref)[1] > 0 for ref in graph.outputs.values()
     ):
         raise Refused(f"another output of {root.op} {root.name!r} is in use")
-    replacement = rule.rewrite(match)
+    replacement: Any = rule.rewrite(match)
     if isinstance(replacement, str):
         remove_node(graph, root.name, replacement)
         return

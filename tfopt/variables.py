@@ -17,7 +17,7 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.core.protobuf import trackable_object_graph_pb2
 from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
 
-from tfopt.errors import TfoptError
+from tfopt.errors import TfoptError, one_line
 from tfopt.graph import Graph, called_functions, const_node, function_body, function_def, make_node, split
 from tfopt.rewrite import remove_node
 
@@ -144,7 +144,7 @@ def read_checkpoint(prefix: str, keys: list[CheckpointKey]) -> list[np.ndarray]:
             dtypes=[key.dtype for key in keys],
         )
     except (tf.errors.OpError, ValueError, MemoryError) as error:
-        raise TfoptError(f"{prefix}: the checkpoint cannot be read: {first_line(error)}") from error
+        raise TfoptError(f"{prefix}: the checkpoint cannot be read: {one_line(error)}") from error
     return [_as_array(tensor) for tensor in tensors]
 
 
@@ -153,12 +153,6 @@ def _as_array(tensor: tf.Tensor) -> np.ndarray:
         return np.asarray(memoryview(tensor))
     except (TypeError, ValueError, BufferError, NotImplementedError):  # strings, bfloat16 and the like
         return np.asarray(tensor.numpy())
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, for a report or an error of one line."""
-    lines = str(getattr(error, "message", None) or error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def bypass_handle_identities(graph: Graph) -> None:

@@ -1,0 +1,1 @@
+"""Writing a model to disk: SavedModel for TensorFlow Serving, TFLite for devices."""
