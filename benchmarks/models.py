@@ -108,12 +108,12 @@ def _transformer():
     return keras.Model(tokens, layers.Dense(10, activation="softmax")(x))
 
 
-def _lstm():
+def _lstm(dropout: float = 0.0):
     import keras
     from keras import layers
 
     sequence = keras.Input((24, 16), name="sequence")
-    x = layers.LSTM(64, return_sequences=True, dropout=0.1)(sequence)
+    x = layers.LSTM(64, return_sequences=True, dropout=dropout)(sequence)
     x = layers.BatchNormalization()(x)
     x = layers.LSTM(32)(x)
     return keras.Model(sequence, layers.Dense(5, activation="softmax")(x))
@@ -145,6 +145,7 @@ KERAS_3_MODELS: Mapping[str, Callable] = {
     "convnext_tiny": _application("ConvNeXtTiny"),
     "transformer": _transformer,
     "lstm": _lstm,
+    "lstm_dropout": lambda: _lstm(dropout=0.1),  # Keras exports it with an assignment to the seed's state
     "two_inputs": _two_inputs,
 }
 KERAS_2_FILES = {
