@@ -87,3 +87,17 @@ def randomise_batch_norms(model, seed: int = 0) -> None:
             for weight in layer.weights:
                 # Away from 0, so that variances are positive and scales do not vanish.
                 weight.assign(random.uniform(0.5, 1.5, weight.shape).astype("float32"))
+
+
+def serve_v1(path, inputs: dict) -> dict:
+    """What serving_default answers in a v1 session, which is what TensorFlow Serving runs."""
+    import tensorflow as tf
+
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        meta = tf.compat.v1.saved_model.load(session, ["serve"], str(path))
+        signature = meta.signature_def["serving_default"]
+        assert set(signature.inputs) == set(inputs)
+        return session.run(
+            {name: tensor.name for name, tensor in signature.outputs.items()},
+            {signature.inputs[name].name: value for name, value in inputs.items()},
+        )
