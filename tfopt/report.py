@@ -7,8 +7,14 @@ HTML page that opens offline. The schema is documented in docs/report.md.
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+from tfopt.errors import TfoptError
 
 SCHEMA_VERSION = 1
 
@@ -27,12 +33,15 @@ class Step:
     """The record of one pass.
 
     Attributes:
+        name: of the pass, with its options as the recipe gives them.
         weight_bytes_before, weight_bytes_after: bytes of all weights, as the model holds them.
         applied: rule -> number of times it was applied.
         max_error: largest difference of the outputs before and after, relative to the output's scale;
             None where it was not verified.
         status: "applied" | "no effect" | "undone" | "unverified".
+        notes: what else a reader should know, a sentence each.
         seconds: wall time, verification included.
+        summary: what the pass is for, in one sentence for someone who never saw it.
     """
 
     name: str
@@ -47,6 +56,7 @@ class Step:
     status: str = "applied"
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    summary: str = ""
 
 
 @dataclass
@@ -96,8 +106,8 @@ class Report:
 
     Attributes:
         created: ISO 8601 time, with the zone.
-        model: path, origin, signatures (list of {name, inputs: [{name, dtype, shape}], outputs: [...]}), nodes,
-            parameters, state (variables), tables, assets.
+        model: path, origin, signatures (list of {name, inputs: [{name, dtype, shape}], outputs: [...]}),
+            nodes, parameters, state (variables), tables, assets.
         recipe: name and passes, as read.
         verify: how equivalence was checked ("on", "off", ...), in words.
         artifacts: the one called "original" is what ratios refer to.
@@ -117,6 +127,115 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the report as plain dicts and lists."""
-        return dataclasses.asdict(self)
+    def original(self) -> Artifact | None:
+        """Returns the artifact that the others are compared with."""
+        return next((artifact for artifact in self.artifacts if artifact.name == "original"), None)
+
+    def to_json(self) -> str:
+        """Returns the report as JSON; numbers that JSON has not are the strings "NaN", "Infinity", "-Infinity"."""
+        return json.dumps(_plain(dataclasses.asdict(self)), indent=2, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str, source: str = "report") -> Report:
+        """Reads what `to_json` wrote.
+
+        Args:
+            text: the JSON.
+            source: what to call it in errors, such as the name of the file.
+
+        Raises:
+            TfoptError: not a report, or one of a schema version that this version of tfopt does not know.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise TfoptError(f"{source}: not JSON: {error}") from error
+        version = values.get("schema_version") if isinstance(values, dict) else None
+        if version is None:
+            raise TfoptError(f"{source}: not a report of tfopt: it has no schema_version")
+        if version != SCHEMA_VERSION or isinstance(version, bool):
+            raise TfoptError(
+                f"{source}: schema version {SCHEMA_VERSION} is the one that this tfopt reads, received {version!r}: "
+                "use the version of tfopt that wrote it"
+            )
+        steps = [
+            _build(source, Step, s, refused=[_build(source, Refusal, r) for r in _list(source, s, "refused")])
+            for s in _list(source, values, "steps")
+        ]
+        artifacts = [
+            _build(source, Artifact, a, accuracy=a.get("accuracy") and _build(source, Metric, a["accuracy"]))
+            for a in _list(source, values, "artifacts")
+        ]
+        return _build(source, Report, values, steps=steps, artifacts=artifacts)
+
+    def table(self) -> str:
+        """Returns the run as text for a terminal, at most 120 columns wide."""
+        from tfopt import report_table  # which draws the classes above
+
+        return report_table.draw(self)
+
+    def html(self) -> str:
+        """Returns the run as one HTML page that needs nothing else."""
+        from tfopt import report_page  # which draws the classes above
+
+        return report_page.draw(self)
+
+
+class RefusalGroup(NamedTuple):
+    """Refusals of one rule for one reason."""
+
+    rule: str
+    reason: str
+    nodes: list[str]
+
+
+def group_refusals(refused: Iterable[Refusal]) -> list[RefusalGroup]:
+    """Groups refusals by rule and reason, the most frequent first."""
+    nodes: dict[tuple[str, str], list[str]] = {}
+    for refusal in refused:
+        nodes.setdefault((refusal.rule, refusal.reason), []).append(refusal.node)
+    groups = [RefusalGroup(rule, reason, names) for (rule, reason), names in nodes.items()]
+    return sorted(groups, key=lambda group: -len(group.nodes))
+
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _plain(value: Any) -> Any:
+    """Returns the value in JSON's types; NumPy's scalars and paths become numbers and strings."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if isinstance(value, PurePath):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _build(source: str, cls: type, values: Any, **built: Any) -> Any:
+    """Returns a dataclass from its JSON object, with the fields that are dataclasses themselves already built."""
+    if not isinstance(values, dict):
+        raise TfoptError(f"{source}: wants {cls.__name__} to be an object, received {type(values).__name__}")
+    fields = {f.name: f.type for f in dataclasses.fields(cls)}
+    if unknown := values.keys() - fields.keys():
+        raise TfoptError(f"{source}: {cls.__name__} has no field {', '.join(sorted(unknown))}")
+    floats = {name for name, kind in fields.items() if "float" in str(kind)}
+    restored = {
+        name: _NOT_FINITE.get(value, value) if name in floats and isinstance(value, str) else value
+        for name, value in values.items()
+    }
+    try:
+        return cls(**{**restored, **built})
+    except TypeError as error:
+        raise TfoptError(f"{source}: {cls.__name__}: {error}") from error
+
+
+def _list(source: str, values: Any, name: str) -> list[dict[str, Any]]:
+    items = values.get(name, []) if isinstance(values, dict) else None
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise TfoptError(f"{source}: wants '{name}' to be a list of objects")
+    return items
