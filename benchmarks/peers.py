@@ -197,7 +197,7 @@ class Program:
         config = config_pb2.ConfigProto()
         if threads:
             config.intra_op_parallelism_threads = threads
-            config.inter_op_parallelism_threads = 1
+            config.inter_op_parallelism_threads = threads
         self.candidate = candidate
         self.session = v1.Session(graph=tf.Graph(), config=config)
         with self.session.graph.as_default():
