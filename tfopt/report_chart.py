@@ -78,11 +78,12 @@ def _scale(
     log = axis.log if axis.log is not None else min(values) > 0 and max(values) / min(values) > _LOG_FROM
     if log:
         # Zero has no logarithm: it is drawn at the bottom, a decade below the rest.
-        least = min(positive, default=1e-9)
-        floor = least / (10 if len(positive) < len(values) else 1)
+        least, zeros = min(positive, default=1e-9), len(positive) < len(values)
+        floor = least / 10 if zeros else least
         low, high = math.log10(floor), math.log10(max(positive, default=1.0))
-        low, high = low - 0.06 * (high - low) - 0.05, high + 0.06 * (high - low) + 0.05
-        ticks = _log_ticks(low, high)
+        margin = 0.06 * (high - low) + 0.05
+        low, high = low - margin, high + margin
+        ticks = [0.0] * zeros + _log_ticks(math.log10(least) - margin if zeros else low, high)
 
         def position(value: float) -> float:
             return (math.log10(min(max(value, floor), 10**high)) - low) / (high - low)
@@ -128,7 +129,8 @@ def _label(points: Sequence[Point], at: Sequence[tuple[float, float]]) -> list[M
         places = [
             (x + 9, y + 4, "start"),
             (x - 9, y + 4, "end"),
-            *((x, y + dy, "middle") for dy in (-10, 20, -24, 34, -38, 48)),
+            *((x, y + dy, "middle") for dy in (-10, 20)),
+            *((x + dx, y + dy, anchor) for dy in (-7, 15, -20, 28) for dx, anchor in ((8, "start"), (-8, "end"))),
         ]
         boxes = []
         for label_x, label_y, anchor in places:

@@ -94,9 +94,9 @@ def _artifacts(report: Report) -> list[str]:
         rows.append(
             [
                 _clip(a.name, 14),
-                words.size(a.bytes),
+                words.size(a.bytes or None),
                 words.percent_of(a.bytes, original.bytes),
-                words.size(a.gzip_bytes),
+                words.size(a.gzip_bytes or None),
                 words.percent_of(a.gzip_bytes, original.gzip_bytes),
                 words.count(a.parameters),
                 words.count(a.flops),

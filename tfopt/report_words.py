@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tfopt.report import Artifact, Metric, Report
 
 UNKNOWN = "-"
@@ -10,11 +12,12 @@ SHARES = ("accuracy", "top5", "f1")
 
 def significant(value: float, digits: int = 3) -> str:
     """Returns a number with some significant digits, never in exponential form: 0.0123, 1.23, 12.3, 1234."""
-    for decimals in range(10):
-        text = f"{value:.{decimals}f}"
-        if len(text.replace(".", "").replace("-", "").lstrip("0")) >= digits:
-            return text
-    return text
+    if not value:
+        return "0"
+    if not math.isfinite(value):
+        return str(value)
+    exponent = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
+    return f"{value:.{max(0, digits - 1 - exponent)}f}"
 
 
 def scaled(value: float, step: float, units: tuple[str, ...]) -> str:
@@ -25,12 +28,12 @@ def scaled(value: float, step: float, units: tuple[str, ...]) -> str:
     return (f"{value:.0f}" if index == 0 else significant(value)) + units[index]
 
 
-def size(value: int | None) -> str:
+def size(value: float | None) -> str:
     """Returns bytes as 999 B, 1.23 MB, ... (1 KB = 1000 B)."""
     return UNKNOWN if value is None else scaled(value, 1000, (" B", " KB", " MB", " GB", " TB"))
 
 
-def count(value: int | None) -> str:
+def count(value: float | None) -> str:
     """Returns a count as 999, 1.23k, 12.3M, ..."""
     return UNKNOWN if value is None else scaled(value, 1000, ("", "k", "M", "G", "T"))
 
@@ -65,7 +68,7 @@ def quality(metric: Metric | None) -> str:
 
 def percent_of(value: float | None, reference: float | None) -> str:
     """Returns a size as a percentage of a reference."""
-    if value is None or not reference:
+    if not value or not reference:
         return ""
     return f"{value / reference:.0%}" if value / reference >= 0.1 else f"{value / reference:.1%}"
 
@@ -79,15 +82,13 @@ def headline(report: Report) -> list[str]:
     """Returns the result of a run: one sentence per kind of artifact."""
     original = report.original()
     emitted = [a for a in report.artifacts if a is not original and not a.rejected]
-    rejected = [a for a in report.artifacts if a.rejected]
     if not emitted:
+        rejected = any(a.rejected for a in report.artifacts)
         return ["No artifact passed: everything was rejected." if rejected else "No artifact was written."]
     sentences = [f"The {a.name} model {_against(original, a)}." for a in emitted if a.kind == "saved_model"]
     device = min((a for a in emitted if a.kind == "tflite"), key=lambda a: a.bytes, default=None)
     if device:
         sentences.append(f"The smallest device model, {device.name}, {_against(original, device)}.")
-    if rejected:
-        sentences.append(f"Rejected: {', '.join(a.name for a in rejected)}.")
     return sentences
 
 
