@@ -31,12 +31,14 @@ class Axis:
         text: a value in words.
         log: logarithmic; by default where the range is long and all values are positive.
         from_zero: a linear axis starts at 0.
+        highest: no tick above it.
     """
 
     title: str
     text: Callable[[float], str]
     log: bool | None = None
     from_zero: bool = False
+    highest: float = math.inf
 
 
 class Mark(NamedTuple):
@@ -99,7 +101,7 @@ def _scale(
     def place(value: float) -> float:
         return round(start + position(value) * (end - start), 1)
 
-    return place, [(place(tick), axis.text(tick)) for tick in ticks]
+    return place, [(place(tick), axis.text(tick)) for tick in ticks if tick <= axis.highest]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib import resources
+from math import inf
 from typing import Any
 
 from tfopt import report_words as words
@@ -100,7 +101,8 @@ def _charts(report: Report) -> list[Chart]:
     metric = next((a.accuracy.name for a in sized if a.accuracy), None)
     if metric:
         points = [_point(a, a.accuracy.value, original) for a in sized if a.accuracy and a.accuracy.name == metric]
-        axis = Axis(metric, words.share if metric in words.SHARES else words.significant)
+        share = metric in words.SHARES
+        axis = Axis(metric, words.share if share else words.significant, highest=1 if share or metric == "auc" else inf)
         charts.append(scatter(f"Size and {metric}", points, size_axis, axis))
     else:
         points = [_point(a, a.max_rel_error, original) for a in sized if a.max_rel_error is not None]

@@ -9,6 +9,7 @@ from tfopt import report_words as words
 from tfopt.report import Artifact, Report, Step, group_refusals
 
 WIDTH = 120
+_RULES = 12  # rules of a step that are named
 _REASONS = 5  # refusals of a step that are spelt out
 _NAMES = 3  # nodes that are named for each
 
@@ -58,7 +59,9 @@ def _details(step: Step) -> list[str]:
     """Returns what a step did, refused and noted, indented under its row."""
     lines = []
     if step.applied:
-        lines += _wrap("applied: " + ", ".join(f"{rule} {n}" for rule, n in step.applied.items()), "    ")
+        most = sorted(step.applied.items(), key=lambda item: -item[1])
+        more = f", and {len(most) - _RULES} more" if len(most) > _RULES else ""
+        lines += _wrap("applied: " + ", ".join(f"{rule} {n}" for rule, n in most[:_RULES]) + more, "    ")
     groups = group_refusals(step.refused)
     for group in groups[:_REASONS]:
         names = ", ".join(group.nodes[:_NAMES]) + (", ..." if len(group.nodes) > _NAMES else "")

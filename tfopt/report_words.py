@@ -107,7 +107,7 @@ def _against(original: Artifact | None, artifact: Artifact) -> str:
         change = "as before" if same else f"instead of {quality(theirs)}"
         return f"{text}; {ours.name} is {quality(ours)} {change} ({ours.samples:,} rows)"
     if artifact.max_rel_error is not None:
-        return f"{text}; its outputs differ by at most {error(artifact.max_rel_error)} of their scale"
+        return f"{text}; on the inputs tried its outputs differ by up to {error(artifact.max_rel_error)} of their scale"
     return text
 
 
