@@ -241,12 +241,19 @@ class Graph:
 
     def add_constant(self, hint: str, array: np.ndarray) -> str:
         """Adds a constant: a weight where it is large, a Const node otherwise; returns the reference."""
-        array = np.asarray(array)
         name = self.unique_name(hint)
+        self.add(make_node(name, "NoOp"))
+        self.set_constant(name, array)
+        return name
+
+    def set_constant(self, name: str, array: np.ndarray) -> None:
+        """Puts a constant in the place of a node: a weight where it is large, a Const node otherwise."""
+        array = np.asarray(array)
         if self.is_body or array.size < WEIGHT_ELEMENTS or array.dtype.kind in "OSU":
-            return self.add(const_node(name, array))
-        self.weights[name] = np.ascontiguousarray(array)
-        return self.add(make_node(name, "Placeholder", dtype=tf.as_dtype(array.dtype), shape=tuple(array.shape)))
+            self.replace(const_node(name, array))
+        else:
+            self.replace(make_node(name, "Placeholder", dtype=tf.as_dtype(array.dtype), shape=tuple(array.shape)))
+            self.weights[name] = np.ascontiguousarray(array)
 
     def remove(self, name: str) -> None:
         """Removes a node that nothing consumes any more."""

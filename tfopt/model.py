@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ class Model:
       directory: the SavedModel that this came from; assets are copied from there.
       tags: the tags of the MetaGraph.
       original_nodes: nodes in the SavedModel as it was, functions included.
+      origin: what wrote the SavedModel, in words.
       unused: checkpoint names of what serving does not need: optimizer slots, metrics, counters.
     """
 
@@ -56,6 +58,7 @@ class Model:
     directory: Path
     tags: list[str]
     original_nodes: int
+    origin: str
     unused: list[str]
 
     @property
@@ -94,6 +97,31 @@ class Model:
     def library(self) -> list[FunctionDef]:
         """The functions that the graph needs."""
         return [self.functions[name] for name in self.called()]
+
+    def check(self) -> None:
+        """Raises ValueError where the graph is not well-formed: a cycle, or a reference to nothing."""
+        graph = self.graph
+        for node in graph.nodes.values():
+            for ref in node.input:
+                if split(ref)[0] not in graph.nodes:
+                    raise ValueError(f"node {node.name!r} refers to {ref!r}, which does not exist")
+        for name in [*graph.roots(), *graph.weights]:
+            if name not in graph.nodes:
+                raise ValueError(f"node {name!r} is gone")
+        graph.topological()
+        self.called()
+
+    def hoist_constants(self) -> None:
+        """Moves large numeric constants from the graph to the weights, in place."""
+        for node in list(self.graph.nodes.values()):
+            if node.op != "Const" or any(ref.startswith("^") for ref in node.input):
+                continue
+            size = math.prod(d.size for d in node.attr["value"].tensor.tensor_shape.dim)
+            dtype = tf.as_dtype(node.attr["dtype"].type)
+            if size >= WEIGHT_ELEMENTS and (dtype.is_floating or dtype.is_integer or dtype.is_bool):
+                value = self.graph.constant(node.name)
+                assert value is not None
+                self.graph.set_constant(node.name, value)
 
     def copy(self) -> Model:
         """A copy that can be rewritten without touching this one; arrays are shared."""
@@ -170,12 +198,13 @@ def load(path: str | Path, signatures: list[str] | None = None) -> Model:
         directory=directory,
         tags=list(meta.meta_info_def.tags),
         original_nodes=total,
+        origin=_origin(meta),
         unused=sorted(in_checkpoint - used),
     )
     for name, index in zip(tables, range(len(handles), len(values), 2), strict=True):
         model.tables[name] = (values[index], values[index + 1])
     _split_weights(model, dict(zip(handles, values, strict=False)), keys)
-    _hoist_constants(model)
+    model.hoist_constants()
     graph.sweep()
     model.functions = {name: functions[name] for name in model.called()}
     return model
@@ -202,6 +231,12 @@ def _read_meta_graph(directory: Path) -> MetaGraphDef:
     if not candidates:
         raise TfoptError(f"{file}: holds no MetaGraph; it is empty or damaged")
     return min(candidates, key=lambda meta: len(meta.meta_info_def.tags))
+
+
+def _origin(meta: MetaGraphDef) -> str:
+    version = meta.meta_info_def.tensorflow_version or "unknown version"
+    kind = "TF 2 SavedModel" if meta.HasField("object_graph_def") else "TF 1 SavedModel"
+    return f"{kind} written by TensorFlow {version}"
 
 
 def _assets(meta: MetaGraphDef) -> list[AssetFileDef]:
@@ -242,19 +277,3 @@ def _split_weights(model: Model, values: dict[str, np.ndarray], keys: dict[str, 
         graph.weights[name] = values[name]
     demote(graph, {name: keys[name].dtype for name in sorted(weights)}, model.functions)
     model.state = {name: value for name, value in values.items() if name not in weights}
-
-
-def _hoist_constants(model: Model) -> None:
-    """Moves large numeric constants from the graph to the weights."""
-    for node in list(model.graph.nodes.values()):
-        if node.op != "Const" or any(ref.startswith("^") for ref in node.input):
-            continue
-        shape = node.attr["value"].tensor.tensor_shape
-        size = int(np.prod([d.size for d in shape.dim], dtype=np.int64))
-        dtype = tf.as_dtype(node.attr["dtype"].type)
-        if size < WEIGHT_ELEMENTS or not (dtype.is_floating or dtype.is_integer or dtype.is_bool):
-            continue
-        value = model.graph.constant(node.name)
-        assert value is not None
-        model.graph.replace(make_node(node.name, "Placeholder", dtype=dtype, shape=tuple(value.shape)))
-        model.graph.weights[node.name] = value

@@ -190,7 +190,8 @@ def apply(rules: Sequence[Rule], graph: Graph, log: Log) -> int:
         refused: dict[tuple[str, str], str] = {}
         for node in graph.topological():
             for rule in by_op.get(node.op, ()):
-                if graph.nodes.get(node.name) is not node:
+                alive = graph.nodes.get(node.name) is node
+                if not alive:
                     break
                 match = find(graph, rule, node)
                 if match is None:

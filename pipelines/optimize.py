@@ -1,0 +1,116 @@
+"""Optimizes a trained TensorFlow model for TensorFlow Serving and for devices.
+
+Example:
+  tfopt-optimize --model=saved_models/digits --output_dir=/tmp/digits --tflite=float32,int8 \\
+    --representative_data=representative.npz --eval_data=eval.npz --max_accuracy_drop=0.01
+
+Exit codes: 0 everything that was asked for is there; 1 something asked for was rejected, the report says why;
+2 bad usage or input, nothing was written.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from tfopt import isolate
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("model", None, "SavedModel directory, .keras or .h5 file, or a frozen GraphDef .pb.")
+flags.DEFINE_string("output_dir", None, "Where serving/, device/, report.json and report.html go.")
+flags.DEFINE_string("recipe", "lossless", "Name of a recipe that ships with tfopt, or a .json file (docs/recipes.md).")
+flags.DEFINE_list(
+    "tflite",
+    None,
+    "TFLite files to emit: float32, float16, dynamic_int8, int8. Empty: none. Not given: float32 and dynamic_int8, and "
+    "int8 where there is representative data.",
+)
+flags.DEFINE_string(
+    "representative_data",
+    None,
+    "Typical inputs, for verification and calibration: .npz keyed by input name, TFRecord glob of tf.Example, or "
+    "python:module:function that returns a tf.data.Dataset.",
+)
+flags.DEFINE_string("eval_data", None, "Labelled inputs, in the same forms; labels under --label.")
+flags.DEFINE_string("label", "label", "Array or feature of --eval_data that holds the labels.")
+flags.DEFINE_string("metric", "accuracy", "accuracy, top5, auc, f1, logloss, mse, rmse or mae.")
+flags.DEFINE_string("eval_output", None, "Output that --metric scores, where the signature has several.")
+flags.DEFINE_float("max_accuracy_drop", None, "Artifacts that lose more, in the metric's own units, are not emitted.")
+flags.DEFINE_list("signatures", None, "Signatures to keep; all where not given.")
+flags.DEFINE_integer("seed", 0, "Of everything random.")
+flags.DEFINE_bool("overwrite", False, "Replace what an earlier run wrote to --output_dir.")
+flags.DEFINE_integer("version", 1, "Version directory under serving/.", lower_bound=1)
+flags.DEFINE_enum("verify", "on", ["on", "off"], "Compare outputs before and after each pass.")
+flags.DEFINE_enum("io_type", "float32", ["float32", "int8"], "Type of the inputs and outputs of int8 files.")
+flags.DEFINE_bool("keep_batch", False, "Keep the batch of TFLite files dynamic instead of fixing it to 1.")
+flags.DEFINE_bool("allow_select_tf_ops", False, "Let TFLite files use TensorFlow ops, which need the Flex delegate.")
+flags.DEFINE_integer(
+    "max_constant_bytes",
+    512 << 20,
+    "Weights up to this many bytes in all are constants in the serving model; larger ones are variables.",
+    lower_bound=0,
+)
+flags.DEFINE_bool("measure_latency", True, "Measure latency and memory, each artifact in a process of its own.")
+flags.DEFINE_integer("threads", 2, "Threads of the runtimes that are measured.", lower_bound=1)
+flags.DEFINE_list("inputs", None, "Input tensors of a frozen GraphDef.")
+flags.DEFINE_list("outputs", None, "Output tensors of a frozen GraphDef.")
+flags.DEFINE_bool("allow_unsafe_deserialization", False, "Run code that a Keras file carries (Lambda layers).")
+flags.mark_flags_as_required(["model", "output_dir"])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Turns flags into one library call."""
+    from tfopt.errors import TfoptError
+
+    if len(argv) > 1:
+        raise TfoptError(f"unexpected argument {argv[1]!r}: everything is a flag, see --help")
+    from tfopt.optimize import Options, optimize
+
+    def names(values: list[str] | None) -> tuple[str, ...] | None:
+        return None if values is None else tuple(value for value in values if value)
+
+    result = optimize(
+        FLAGS.model,
+        FLAGS.output_dir,
+        Options(
+            recipe=FLAGS.recipe,
+            tflite=names(FLAGS.tflite),
+            representative_data=FLAGS.representative_data,
+            eval_data=FLAGS.eval_data,
+            metric=FLAGS.metric,
+            eval_output=FLAGS.eval_output,
+            label=FLAGS.label,
+            max_accuracy_drop=FLAGS.max_accuracy_drop,
+            signatures=names(FLAGS.signatures),
+            seed=FLAGS.seed,
+            overwrite=FLAGS.overwrite,
+            version=FLAGS.version,
+            verify=FLAGS.verify == "on",
+            io_type=FLAGS.io_type,
+            keep_batch=FLAGS.keep_batch,
+            allow_select_tf_ops=FLAGS.allow_select_tf_ops,
+            max_constant_bytes=FLAGS.max_constant_bytes,
+            measure_latency=FLAGS.measure_latency,
+            threads=FLAGS.threads,
+            inputs=names(FLAGS.inputs),
+            outputs=names(FLAGS.outputs),
+            allow_unsafe_deserialization=FLAGS.allow_unsafe_deserialization,
+            command=shlex.join(["tfopt-optimize", *sys.argv[1:]]),
+        ),
+    )
+    print(result.report.table())
+    print(f"\nReport: {result.directory / 'report.html'}")
+    return 1 if result.failed or result.empty else 0
+
+
+def run() -> None:
+    """The console command."""
+    isolate.run(main)
+
+
+if __name__ == "__main__":
+    run()

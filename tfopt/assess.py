@@ -1,0 +1,165 @@
+"""Proof: what every artifact costs, how far its outputs are from the original's, and whether it passes the bar."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from tfopt import cost, measure, metrics, runtime
+from tfopt.data import Dataset, batch_size
+from tfopt.errors import TfoptError
+from tfopt.report import Artifact
+from tfopt.verify import Difference, difference, worst
+
+_EVALUATION_BATCH = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Assessment:
+    """What to compare with, and by what.
+
+    Attributes:
+      original: the SavedModel as it was given.
+      signature: the one whose accuracy, cost and latency are measured.
+      comparison: signature -> inputs on which outputs are compared.
+      random: signatures whose outputs differ from call to call; not compared.
+      evaluation: labelled rows for `metric`, or None.
+      metric: a name of `metrics.METRICS`.
+      output: the output that `metric` scores; None where one alone fits.
+      max_accuracy_drop: in the metric's own units; what is worse is rejected.
+      latency: whether to measure latency and memory, in one child process per artifact.
+      threads: of the runtimes.
+    """
+
+    original: Path
+    signature: str
+    comparison: Mapping[str, Dataset]
+    random: frozenset[str] = frozenset()
+    evaluation: Dataset | None = None
+    metric: str = "accuracy"
+    output: str | None = None
+    max_accuracy_drop: float | None = None
+    latency: bool = True
+    threads: int = 2
+
+
+def assess(job: Assessment, artifacts: list[Artifact]) -> list[Artifact]:
+    """Measures the original and all artifacts.
+
+    Args:
+      job: what to compare with.
+      artifacts: those that were emitted; filled in, in place. One that cannot be run, or misses the bar, is rejected.
+
+    Returns:
+      The original, followed by `artifacts`.
+
+    Raises:
+      TfoptError: the original itself cannot be run or scored.
+    """
+    original = Artifact("original", "saved_model", str(job.original))
+    expected: dict[str, dict[str, np.ndarray]] = {}
+    everything = [original, *artifacts]
+    for artifact in tqdm(everything, desc="assess", unit="artifact", leave=False, disable=None):
+        if artifact.rejected:
+            continue
+        try:
+            _fill(job, artifact, expected)
+        except TfoptError as error:
+            if artifact is original:
+                raise
+            artifact.rejected = str(error)
+            continue
+        if artifact.accuracy and original.accuracy and job.max_accuracy_drop is not None:
+            lost = metrics.drop(original.accuracy, artifact.accuracy)
+            if lost > job.max_accuracy_drop:
+                artifact.rejected = (
+                    f"{job.metric} falls by {lost:.6g}, more than --max_accuracy_drop={job.max_accuracy_drop:g}"
+                )
+    if job.latency:
+        _time(job, [a for a in everything if not a.rejected])
+    return everything
+
+
+def _fill(job: Assessment, artifact: Artifact, expected: dict[str, dict[str, np.ndarray]]) -> None:
+    artifact.bytes, artifact.gzip_bytes = measure.sizes(artifact.path)
+    try:
+        counted = cost.cost(artifact.path, job.signature)
+        artifact.parameters, artifact.flops = counted.parameters, counted.flops
+        artifact.notes += [note for note in counted.notes if note not in artifact.notes]
+    except TfoptError as error:
+        artifact.notes.append(f"parameters and FLOPs could not be counted: {error}")
+    found: list[Difference] = []
+    with runtime.open(artifact.path, threads=job.threads) as program:
+        for name, dataset in job.comparison.items():
+            if name not in program.signatures:
+                artifact.notes.append(f"signature {name!r} is not in this artifact")
+                continue
+            received = _in_turn(program, name, dataset)
+            if artifact.name == "original":
+                expected[name] = received
+            elif name not in job.random:
+                found.append(_compare(expected[name], received))
+                _check_finite(name, expected[name], received)
+        if artifact.name == "serving" and len(found) and worst(found).broken:
+            raise TfoptError(f"its outputs differ from the original's: {worst(found).broken}")
+        if found:
+            artifact.max_abs_error, artifact.max_rel_error = worst(found).absolute, worst(found).relative
+        if job.evaluation is not None and job.signature in program.signatures:
+            specs = program.signatures[job.signature].inputs
+            artifact.accuracy = metrics.evaluate(
+                job.metric,
+                lambda rows: program.run(job.signature, rows),
+                job.evaluation,
+                job.output,
+                batch_size=batch_size(specs, _EVALUATION_BATCH),
+                pad=batch_size(specs, _EVALUATION_BATCH) != _EVALUATION_BATCH,
+            )
+            scores = _scores(job, program)
+            if artifact.name == "original":
+                expected["scores"] = {"": scores} if scores is not None else {}
+            elif scores is not None and "" in expected.get("scores", {}):
+                artifact.agreement = metrics.agreement(scores, expected["scores"][""])
+
+
+def _in_turn(program: runtime.Program, name: str, dataset: Dataset) -> dict[str, np.ndarray]:
+    return program.run(name, dataset.inputs)
+
+
+def _compare(expected: Mapping[str, np.ndarray], received: Mapping[str, np.ndarray]) -> Difference:
+    """The difference, for artifacts that may hold floats of another width or ints of another size."""
+    return difference(expected, {k: v.astype(expected[k].dtype) if k in expected else v for k, v in received.items()})
+
+
+def _check_finite(name: str, expected: Mapping[str, np.ndarray], received: Mapping[str, np.ndarray]) -> None:
+    for output, value in received.items():
+        wrong = value.dtype.kind == "f" and not np.isfinite(value).all()
+        if wrong and np.isfinite(expected[output]).all():
+            raise TfoptError(f"signature {name!r}: output {output!r} is not finite, while the original's is")
+
+
+def _scores(job: Assessment, program: runtime.Program) -> np.ndarray | None:
+    """The class scores of the first rows, to compare which class comes out on top."""
+    assert job.evaluation is not None
+    rows = job.evaluation.take(slice(0, 256))
+    outputs = program.run(job.signature, rows.inputs)
+    floats = [v for k, v in outputs.items() if v.dtype.kind == "f" and (job.output is None or k == job.output)]
+    return floats[0] if len(floats) == 1 else None
+
+
+def _time(job: Assessment, artifacts: list[Artifact]) -> None:
+    """Latency of one request (the first row), all artifacts in turns."""
+    rows = job.comparison[job.signature]
+    one = rows.take(slice(0, 1)).inputs
+    times = measure.latency({a.name: a.path for a in artifacts}, job.signature, one, threads=job.threads)
+    for artifact in artifacts:
+        timed = times[artifact.name]
+        if timed.error:
+            artifact.notes.append(timed.error)
+            logging.warning("%s: %s", artifact.name, timed.error)
+        artifact.latency_ms_p50, artifact.latency_ms_p95 = timed.p50_ms, timed.p95_ms
+        artifact.peak_memory_bytes = timed.peak_memory_bytes

@@ -1,0 +1,349 @@
+"""The main job: a SavedModel in, verified and measured artifacts out, all or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from tfopt import metrics, passes, recipe, runtime, sources
+from tfopt.assess import Assessment, assess
+from tfopt.data import Dataset, load
+from tfopt.environment import describe
+from tfopt.errors import TfoptError
+from tfopt.export import saved_model, tflite
+from tfopt.export.fixed_batch import fix_batch
+from tfopt.model import Model
+from tfopt.model import load as load_model
+from tfopt.publish import Workspace
+from tfopt.report import Artifact, Refusal, Report, Step
+from tfopt.rewrite import Log
+from tfopt.verify import Verifier, features, input_specs
+
+TFLITE_NAMES = tflite.NAMES
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the main job is asked for; each field is a flag of `tfopt-optimize`, and is explained there.
+
+    Attributes:
+      tflite: names to emit; None emits what the data allows, and does not fail where the model cannot be converted.
+    """
+
+    recipe: str = "lossless"
+    tflite: tuple[str, ...] | None = None
+    representative_data: str | None = None
+    eval_data: str | None = None
+    metric: str = "accuracy"
+    eval_output: str | None = None
+    label: str = "label"
+    max_accuracy_drop: float | None = None
+    signatures: tuple[str, ...] | None = None
+    seed: int = 0
+    overwrite: bool = False
+    version: int = 1
+    verify: bool = True
+    io_type: str = "float32"
+    keep_batch: bool = False
+    allow_select_tf_ops: bool = False
+    max_constant_bytes: int = saved_model.MAX_CONSTANT_BYTES
+    measure_latency: bool = True
+    threads: int = 2
+    inputs: tuple[str, ...] | None = None
+    outputs: tuple[str, ...] | None = None
+    allow_unsafe_deserialization: bool = False
+    command: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What the main job gives back.
+
+    Attributes:
+      report: the record of the run; also written as report.json and report.html.
+      directory: where everything is.
+      failed: artifacts that were asked for by name and not emitted, or a serving model that was rejected.
+      empty: whether nothing was emitted.
+    """
+
+    report: Report
+    directory: Path
+    failed: list[str]
+    empty: bool
+
+
+def optimize(model: str | Path, output_dir: str | Path, options: Options = Options()) -> Result:
+    """Optimizes a model.
+
+    Args:
+      model: a SavedModel directory, a Keras file, or a frozen GraphDef (see `tfopt.sources`).
+      output_dir: gets `serving/<version>/`, `device/*.tflite`, `report.json` and `report.html`, each by one rename at
+        the very end.
+      options: what to do.
+
+    Returns:
+      The report, and whether what was asked for is there.
+
+    Raises:
+      TfoptError: bad input or usage; nothing is left behind.
+    """
+    started = datetime.datetime.now(datetime.UTC)
+    steps_wanted = recipe.read(options.recipe)
+    _check(options)
+    with Workspace(Path(output_dir), _targets(options), overwrite=options.overwrite) as workspace:
+        source = sources.as_saved_model(
+            model,
+            inputs=options.inputs,
+            outputs=options.outputs,
+            allow_unsafe_deserialization=options.allow_unsafe_deserialization,
+            workdir=workspace.scratch,
+        )
+        loaded = load_model(source, list(options.signatures) if options.signatures else None)
+        verifier = Verifier(loaded, options.representative_data, options.seed)
+        report = Report(
+            created=started.isoformat(timespec="seconds"),
+            command=options.command,
+            seed=options.seed,
+            environment=describe(),
+            recipe=steps_wanted.to_dict(),
+            verify=_verify_words(verifier, options),
+            data={
+                "representative": next(iter(verifier.inputs.values())).source,
+                "evaluation": options.eval_data,
+            },
+        )
+        report.model = _model_facts(model, source, loaded)
+        report.warnings += _warnings(verifier)
+        optimized = loaded
+        for name, chosen in tqdm(steps_wanted.steps, desc="passes", unit="pass", leave=False, disable=None):
+            optimized, step = run_pass(optimized, name, chosen, verifier if options.verify else None)
+            report.steps.append(step)
+            if step.status == "undone":
+                report.warnings.append(f"{name} was undone: {step.notes[-1]}")
+
+        evaluation = _evaluation_data(loaded, options)
+        artifacts = _emit(optimized, verifier, workspace, options)
+        assessment = Assessment(
+            original=source,
+            signature=main_signature(loaded),
+            comparison=verifier.inputs,
+            random=frozenset(verifier.random),
+            evaluation=evaluation,
+            metric=options.metric,
+            output=options.eval_output,
+            max_accuracy_drop=options.max_accuracy_drop,
+            latency=options.measure_latency,
+            threads=options.threads,
+        )
+        report.artifacts = assess(assessment, artifacts)
+        emitted = [a for a in report.artifacts if a.name != "original" and not a.rejected]
+        for artifact in report.artifacts:
+            if artifact.rejected:
+                workspace.discard(artifact.path)
+                artifact.path = ""
+        failed = [
+            a.name
+            for a in report.artifacts
+            if a.rejected and (a.name == "serving" or (options.tflite is not None and a.name in options.tflite))
+        ]
+        for artifact in emitted:
+            artifact.path = str(workspace.final(artifact.path))
+        workspace.write("report.json", report.to_json())
+        workspace.write("report.html", report.html())
+        workspace.publish()
+    return Result(report, Path(output_dir), failed, not emitted)
+
+
+def run_pass(model: Model, name: str, options: dict[str, Any], verifier: Verifier | None) -> tuple[Model, Step]:
+    """Runs one pass on a copy of a model, and keeps the copy only where its outputs are right.
+
+    Args:
+      model: left as it is.
+      name: of the pass.
+      options: its options, already checked by `recipe.parse`.
+      verifier: compares with the original; None skips that.
+
+    Returns:
+      The model to go on with, and the record for the report.
+    """
+    begun = time.monotonic()
+    chosen = passes.get(name)
+    log = Log()
+    rewritten = model.copy()
+    problem = None
+    try:
+        chosen.run(rewritten, log, **options)
+        rewritten.check()
+    except (ValueError, KeyError, RuntimeError, AssertionError) as error:
+        logging.debug("pass %s failed", name, exc_info=True)
+        problem = f"the pass failed: {type(error).__name__}: {error}"
+    step = Step(
+        name=name,
+        options=options,
+        nodes_before=model.node_count(),
+        weight_bytes_before=model.weight_bytes,
+        applied=dict(log.applied),
+        refused=[Refusal(rule, node, reason) for (rule, node), reason in log.refused.items()],
+        notes=list(log.notes),
+        summary=_summary(chosen),
+    )
+    if problem is None and verifier is not None:
+        found = verifier.check(rewritten)
+        step.max_error = found.relative
+        if chosen.lossless:
+            problem = found.broken
+    if problem is not None:
+        step.status = "undone"
+        step.notes.append(problem)
+        rewritten = model
+    elif not log.applied:
+        step.status = "no effect"
+    elif verifier is None:
+        step.status = "unverified"
+    step.nodes_after = rewritten.node_count()
+    step.weight_bytes_after = rewritten.weight_bytes
+    step.seconds = time.monotonic() - begun
+    return rewritten, step
+
+
+def main_signature(model: Model) -> str:
+    """The signature that is measured: serving_default where there is one, else the first that takes inputs."""
+    names = list(model.signatures)
+    return next(
+        (n for n in ["serving_default", *names] if n in model.signatures and model.signatures[n].inputs), names[0]
+    )
+
+
+def _summary(chosen: passes.Pass) -> str:
+    """The sentence with which the file of a pass opens."""
+    text = sys.modules[chosen.run.__module__].__doc__ or ""
+    return " ".join(text.split("\n\n")[0].split()).partition(": ")[2]
+
+
+def _check(options: Options) -> None:
+    """Raises what can be known to be wrong before any work is done."""
+    for name in options.tflite or ():
+        if name not in TFLITE_NAMES:
+            raise TfoptError(f"--tflite: unknown name {name!r}; choose from {', '.join(TFLITE_NAMES)}")
+    if options.tflite and "int8" in options.tflite and not options.representative_data:
+        raise TfoptError("--tflite=int8 needs --representative_data: full integer quantization calibrates on it")
+    if options.metric not in metrics.METRICS:
+        raise TfoptError(f"--metric: unknown {options.metric!r}; choose from {', '.join(metrics.METRICS)}")
+    if options.max_accuracy_drop is not None and not options.eval_data:
+        raise TfoptError("--max_accuracy_drop needs --eval_data: there is nothing to measure accuracy on")
+    if options.version < 1:
+        raise TfoptError(
+            f"--version: must be a positive number, as TensorFlow Serving wants; received {options.version}"
+        )
+    if options.io_type not in tflite.IO_TYPES:
+        raise TfoptError(f"--io_type: choose from {', '.join(tflite.IO_TYPES)}; received {options.io_type!r}")
+
+
+def _targets(options: Options) -> list[str]:
+    return [f"serving/{options.version}", "device", "report.json", "report.html"]
+
+
+def _verify_words(verifier: Verifier, options: Options) -> str:
+    if not options.verify:
+        return "off: outputs were not compared after each pass (--verify=off)"
+    rows = len(next(iter(verifier.inputs.values())))
+    source = next(iter(verifier.inputs.values())).source
+    return f"on: outputs of every signature compared after each pass on {rows} rows ({source})"
+
+
+def _warnings(verifier: Verifier) -> list[str]:
+    found = [
+        f"signature {name!r} gives other outputs at each call: random ops are active at serving time, so nothing "
+        "it does can be verified"
+        for name in verifier.random
+    ]
+    for name, calls in verifier.expected.items():
+        for output, value in calls[0].items():
+            if value.dtype.kind == "f" and not _finite(value):
+                found.append(
+                    f"signature {name!r}: output {output!r} of the original is not finite on the inputs compared"
+                )
+    return found
+
+
+def _finite(value: Any) -> bool:
+    return bool(np.isfinite(value).all())
+
+
+def _model_facts(given: str | Path, source: Path, model: Model) -> dict[str, Any]:
+    with runtime.open(source) as program:
+        signatures, loader = program.signatures, program.loader
+    return {
+        "path": str(given),
+        "origin": f"{model.origin}, loaded by {loader}",
+        "nodes": model.original_nodes,
+        "parameters": int(sum(w.size for w in model.weights.values())),
+        "state": sorted(model.state),
+        "tables": sum(n.op in ("HashTableV2", "MutableHashTableV2", "HashTable") for n in model.graph.nodes.values()),
+        "assets": [asset.filename for asset in model.assets],
+        "signatures": [
+            {
+                "name": name,
+                "inputs": [_spec(s) for s in signatures[name].inputs.values()],
+                "outputs": [_spec(s) for s in signatures[name].outputs.values()],
+            }
+            for name in model.signatures
+            if name in signatures
+        ],
+    }
+
+
+def _spec(spec: Any) -> dict[str, Any]:
+    return {"name": spec.name, "dtype": str(spec.dtype), "shape": None if spec.shape is None else list(spec.shape)}
+
+
+def _evaluation_data(model: Model, options: Options) -> Dataset | None:
+    if not options.eval_data:
+        return None
+    name = main_signature(model)
+    data = load(options.eval_data, input_specs(model, name), feature_spec=features(model, name), label=options.label)
+    if data.labels is None:
+        raise TfoptError(f"--eval_data={options.eval_data}: holds no labels under {options.label!r} (see --label)")
+    return data
+
+
+def _emit(model: Model, verifier: Verifier, workspace: Workspace, options: Options) -> list[Artifact]:
+    """Writes the serving model and the TFLite files into the workspace."""
+    serving = workspace.path(f"serving/{options.version}")
+    saved_model.save(model, serving, max_constant_bytes=options.max_constant_bytes)
+    artifacts = [Artifact("serving", "saved_model", str(serving))]
+    names = options.tflite
+    if names is None:
+        names = ("float32", "dynamic_int8", *(["int8"] if options.representative_data else []))
+    if not names:
+        return artifacts
+    frozen = workspace.scratch / "device_model"
+    device = model.copy() if options.keep_batch else fix_batch(model, 1)
+    saved_model.save(device, frozen, max_constant_bytes=1 << 31)
+    representative = None
+    if options.representative_data:
+        representative = {
+            name: load(options.representative_data, input_specs(model, name), feature_spec=features(model, name))
+            for name in [main_signature(model)]
+        }
+    converted = tflite.convert(
+        frozen,
+        names,
+        workspace.path("device"),
+        representative=representative,
+        io_type=options.io_type,
+        allow_select_tf_ops=options.allow_select_tf_ops,
+    )
+    for result in converted:
+        artifact = Artifact(result.name, "tflite", str(result.path or ""), notes=list(result.notes))
+        artifact.rejected = result.error
+        artifacts.append(artifact)
+    return artifacts

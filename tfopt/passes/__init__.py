@@ -1,0 +1,143 @@
+"""Passes: one technique a file, each a function that edits a model in place and logs what it did."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
+
+from tfopt.errors import TfoptError
+from tfopt.graph import Graph, function_body, function_def
+from tfopt.inline import run_grappler
+from tfopt.model import Model
+from tfopt.variables import new_function_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A technique.
+
+    Attributes:
+      name: as in recipes and reports.
+      run: edits the model that it is given, and logs what it did and refused. Options come as keyword arguments.
+      options: option name -> default; the type of the default is the type that the option must have.
+      needs: passes that must have run earlier in a recipe.
+      lossless: whether outputs must stay within rounding; such a pass is undone where they do not.
+    """
+
+    name: str
+    run: Callable[..., None]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    lossless: bool = True
+
+
+def for_each_body(model: Model, edit: Callable[[Graph], int]) -> int:
+    """Applies an edit to the main body and to every function that it needs.
+
+    A function that changed gets a new name, and its callers are pointed there: TensorFlow refuses two definitions of
+    one name in a process.
+
+    Args:
+      model: edited in place.
+      edit: changes a body and returns how many changes it made.
+
+    Returns:
+      The number of changes in all.
+    """
+    total = edit(model.graph)
+    renamed: dict[str, str] = {}
+    for name in model.called():
+        try:
+            body = function_body(model.functions[name], model.functions)
+        except ValueError:
+            continue  # a polymorphic function stays as it is
+        changed = edit(body)
+        if changed:
+            new = new_function_name(name, model.functions)
+            model.functions[new] = function_def(body, model.functions[name], new, model.functions)
+            renamed[name] = new
+            total += changed
+    if renamed:
+        _repoint(model, renamed)
+    model.functions = {name: model.functions[name] for name in model.called()}
+    return total
+
+
+def _repoint(model: Model, renamed: Mapping[str, str]) -> None:
+    """Points every call of a renamed function to its new name; a function that calls one is renamed itself."""
+    pending = dict(renamed)
+    while pending:
+        callers: dict[str, str] = {}
+        for name in list(model.functions):
+            function = model.functions[name]
+            if name in renamed or not any(_calls(node, pending) for node in function.node_def):
+                continue
+            new = new_function_name(name, model.functions)
+            clone = type(function)()
+            clone.CopyFrom(function)
+            clone.signature.name = new
+            model.functions[new] = clone
+            callers[name] = new
+        renamed = {**renamed, **callers}
+        pending = callers
+    fresh = set(renamed.values())
+    for name in fresh:
+        for node in model.functions[name].node_def:
+            _rename_calls(node, renamed)
+    for node in model.graph.nodes.values():
+        _rename_calls(node, renamed)
+
+
+def _calls(node: Any, names: Mapping[str, str]) -> bool:
+    return any(
+        (attr.HasField("func") and attr.func.name in names) or any(f.name in names for f in attr.list.func)
+        for attr in node.attr.values()
+    )
+
+
+def _rename_calls(node: Any, renamed: Mapping[str, str]) -> None:
+    for attr in node.attr.values():
+        for func in [attr.func] if attr.HasField("func") else list(attr.list.func):
+            func.name = renamed.get(func.name, func.name)
+
+
+def optimize_in_process(model: Model, optimizers: list[str], **toggles: int) -> None:
+    """Runs graph optimizers of TensorFlow itself over a model, in place; weights are Placeholders to them.
+
+    Args:
+      model: edited in place.
+      optimizers: names as in RewriterConfig.
+      **toggles: further fields of RewriterConfig.
+    """
+    graph = model.graph
+    meta = MetaGraphDef()
+    meta.graph_def.CopyFrom(graph.to_graph_def(model.library()))
+    keep = dict.fromkeys([*graph.roots(), *graph.arguments])
+    meta.collection_def["train_op"].node_list.value.extend(name for name in keep if name in graph.nodes)
+    result = run_grappler(meta, optimizers, **toggles)
+    model.graph = Graph(
+        result.node, graph.outputs, keep=graph.keep, arguments=graph.arguments, weights=dict(graph.weights)
+    )
+    model.graph.sweep()
+    model.functions.update({f.signature.name: f for f in result.library.function})
+    model.functions = {name: model.functions[name] for name in model.called()}
+    model.hoist_constants()
+
+
+# Every technique is a module of this package that defines PASS.
+NAMES = ("prune_graph", "merge_duplicates", "fold_constants", "fold_affine")
+
+
+def get(name: str) -> Pass:
+    """The pass of this name.
+
+    Raises:
+      TfoptError: there is none.
+    """
+    if name not in NAMES:
+        raise TfoptError(f"unknown pass {name!r}; known passes: {', '.join(NAMES)}")
+    return importlib.import_module(f"tfopt.passes.{name}").PASS

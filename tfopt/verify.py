@@ -1,0 +1,221 @@
+"""Equivalence: does a rewritten model give what it gave before, on the same inputs?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import tensorflow as tf
+
+from tfopt.data import Dataset, TensorSpec, load, probes
+from tfopt.errors import TfoptError
+from tfopt.feature_spec import feature_spec
+from tfopt.function import Function
+from tfopt.inline import tensor_names
+from tfopt.model import Model
+
+# Bound on max|a - b| / max|a| by the dtype of the output. What is no float must be equal.
+BOUNDS = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}
+
+_ROWS = 3  # enough to show a batch that leaks, few enough for large models
+_CALLS = 2  # a second call shows what state does
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far outputs are apart.
+
+    Attributes:
+      absolute: max|a - b| over all float outputs.
+      relative: the same over the output's scale, max|a|; the worst output.
+      broken: the first output that is beyond its bound, differs though it is no float, or changed its shape; or None.
+    """
+
+    absolute: float = 0.0
+    relative: float = 0.0
+    broken: str | None = None
+
+
+def difference(expected: Mapping[str, np.ndarray], received: Mapping[str, np.ndarray]) -> Difference:
+    """Compares the outputs of one call.
+
+    Args:
+      expected: output name -> array of the original.
+      received: the same of what is compared with it.
+    """
+    absolute = relative = 0.0
+    broken = None
+    for name, a in expected.items():
+        b = received.get(name)
+        if b is None:
+            broken = broken or f"output {name!r} is missing"
+            continue
+        a, b = np.asarray(a), np.asarray(b)
+        if a.shape != b.shape or a.dtype != b.dtype:
+            broken = broken or f"output {name!r} changed from {a.dtype}{list(a.shape)} to {b.dtype}{list(b.shape)}"
+            continue
+        bound = BOUNDS.get(a.dtype.name)
+        if bound is None:
+            if not np.array_equal(a, b):
+                broken = broken or f"output {name!r} ({a.dtype}) is not equal in {np.count_nonzero(a != b)} of {a.size}"
+            continue
+        if not a.size:
+            continue
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        finite = np.isfinite(a)
+        same_elsewhere = np.array_equal(a[~finite], b[~finite], equal_nan=True)
+        if not np.array_equal(finite, np.isfinite(b)) or not same_elsewhere:
+            broken = broken or f"output {name!r} differs where it is not finite"
+            absolute = relative = float("inf")
+            continue
+        error = float(np.max(np.abs(a - b), where=finite, initial=0.0))
+        scale = float(np.max(np.abs(a), where=finite, initial=0.0))
+        ratio = error / scale if scale else (0.0 if error == 0 else float("inf"))
+        absolute, relative = max(absolute, error), max(relative, ratio)
+        if ratio > bound:
+            broken = broken or f"output {name!r} is off by {ratio:.2g} of its scale (bound {bound:g})"
+    return Difference(absolute, relative, broken)
+
+
+def worst(differences: list[Difference]) -> Difference:
+    """The worst of several comparisons."""
+    return Difference(
+        max((d.absolute for d in differences), default=0.0),
+        max((d.relative for d in differences), default=0.0),
+        next((d.broken for d in differences if d.broken), None),
+    )
+
+
+def input_specs(model: Model, signature: str) -> dict[str, TensorSpec]:
+    """Name, dtype and shape of every input of a signature; components of sparse inputs as `name:component`."""
+    specs = {}
+    for name, info in model.signatures[signature].inputs.items():
+        for component, tensor in tensor_names(info):
+            key = f"{name}:{component}" if component else name
+            dtype = tf.as_dtype(model.graph.producer(tensor).attr["dtype"].type or info.dtype)
+            shape = None if info.tensor_shape.unknown_rank or component else _dims(info.tensor_shape)
+            specs[key] = TensorSpec(key, "string" if dtype == tf.string else np.dtype(dtype.as_numpy_dtype), shape)
+    return specs
+
+
+def _dims(shape: tf.compat.v1.TensorShape) -> tuple[int | None, ...]:
+    return tuple(None if d.size < 0 else d.size for d in shape.dim)
+
+
+def features(model: Model, signature: str) -> dict | None:
+    """The tf.Example features of a signature whose one input is serialized examples; None for others."""
+    inputs = model.signatures[signature].inputs
+    if len(inputs) != 1:
+        return None
+    return feature_spec(model.graph, next(iter(inputs.values())).name) or None
+
+
+def inputs_for(model: Model, data: str | None, seed: int, run: Callable[[str, dict], object]) -> dict[str, Dataset]:
+    """Inputs to compare every signature on.
+
+    Args:
+      model: the model.
+      data: a source of representative data (see `data.load`), used for the signatures that it fits; None draws probes.
+      seed: of the probes.
+      run: calls the original, to see which inputs it accepts: unknown dimensions and index ranges are guesses.
+
+    Returns:
+      Signature -> rows.
+
+    Raises:
+      TfoptError: the data fits no signature, or a signature accepts nothing that was tried.
+    """
+    chosen: dict[str, Dataset] = {}
+    misfits: list[TfoptError] = []
+    for name in model.signatures:
+        specs = input_specs(model, name)
+        if data:
+            try:
+                chosen[name] = load(data, specs, feature_spec=features(model, name), limit=_ROWS)
+                continue
+            except TfoptError as error:
+                misfits.append(error)
+        chosen[name] = _accepted(model, name, specs, seed, run)
+    if data and len(misfits) == len(model.signatures):
+        raise misfits[0]
+    return chosen
+
+
+def _accepted(
+    model: Model, signature: str, specs: dict[str, TensorSpec], seed: int, run: Callable[[str, dict], object]
+) -> Dataset:
+    spec = features(model, signature)
+    failure: TfoptError | None = None
+    # Guesses, most telling first: larger index ranges, then smaller ones; larger unknown dimensions, then one.
+    for rows, size, int_high in (
+        (_ROWS, 8, 10),
+        (_ROWS, 8, 2),
+        (_ROWS, 8, 1),
+        (_ROWS, 32, 2),
+        (_ROWS, 224, 2),
+        (1, 1, 1),
+    ):
+        dataset = probes(specs, seed, rows, spec, size=size, int_high=int_high)
+        try:
+            run(signature, dataset.inputs)
+            return dataset
+        except TfoptError as error:
+            failure = failure or error
+    assert failure is not None
+    raise failure
+
+
+class Verifier:
+    """Compares models with the one that it was made for, on fixed inputs."""
+
+    def __init__(self, model: Model, data: str | None, seed: int):
+        """Runs the original.
+
+        Args:
+          model: the original.
+          data: a source of representative data, or None for seeded probes.
+          seed: of the probes.
+
+        Raises:
+          TfoptError: the original cannot be run.
+        """
+        with Function(model) as function:
+            self.inputs = inputs_for(model, data, seed, function)
+        self.expected = self._outputs(model)
+        again = self._outputs(model)
+        self.random = sorted(
+            name for name, calls in self.expected.items() if self._compare({name: calls}, {name: again[name]}).broken
+        )
+        for name in self.random:
+            del self.expected[name]
+
+    def check(self, model: Model) -> Difference:
+        """Runs a rewritten model on the same inputs.
+
+        Returns:
+          The worst difference over all signatures and calls. A model that cannot be run is broken.
+        """
+        try:
+            return self._compare(self.expected, self._outputs(model))
+        except TfoptError as error:
+            return Difference(float("inf"), float("inf"), str(error))
+
+    def _outputs(self, model: Model) -> dict[str, list[dict[str, np.ndarray]]]:
+        """Signature -> outputs of successive calls, each signature from a fresh state."""
+        outputs: dict[str, list[dict[str, np.ndarray]]] = {}
+        stateful = bool(model.state)
+        function = Function(model)
+        for name, dataset in self.inputs.items():
+            if stateful and outputs:
+                function.close()
+                function = Function(model)
+            outputs[name] = [function(name, dataset.inputs) for _ in range(_CALLS if stateful else 1)]
+        function.close()
+        return outputs
+
+    @staticmethod
+    def _compare(expected: Mapping[str, list], received: Mapping[str, list]) -> Difference:
+        return worst(
+            [difference(a, b) for name, calls in expected.items() for a, b in zip(calls, received[name], strict=True)]
+        )
