@@ -26,6 +26,7 @@ from benchmarks.models import CACHE, SEED, all_models, parse_names
 THREADS = 2
 GOALS = {"mobilenet_v2": 1.4, "resnet50": 1.3, "kws-ds-cnn": 1.2}  # against the original, batch 1
 NEVER_BELOW = 0.97  # against the best peer
+COLUMNS = ("original", "frozen", "optimize_for_inference", "graph_transform", "grappler", "tfopt")
 SHORTEST = 0.005  # seconds: a time is that of as many calls as last this long
 
 
@@ -37,7 +38,7 @@ def _programs(name: str, directory: str, batch_size: int, scratch: str):
     signature = meta.signature_def[peers.pick_signature(meta.signature_def)]
     batch = samples.draw(name, signature.inputs, batch_size)
     programs, failures = {}, {}
-    for column in ("original", *peers.PEERS, "tfopt"):
+    for column in COLUMNS:
         try:
             program = peers.Program(peers.build(column, directory, scratch), THREADS)
             program.run(batch)
@@ -132,27 +133,30 @@ def _print_profile(name: str, batch_size: int, found: dict) -> None:
 
 def _row(name: str, batch_size: int, found: dict) -> str:
     if "error" in found:
-        return f"| {name} | {batch_size} | {found['error']} |"
+        return f"| {name} | {batch_size} | {found['error']} |" + " |" * (len(COLUMNS) + 1)
     times = found["times"]
     medians = {column: float(np.median(x)) for column, x in times.items()}
     cells = [f"{medians['original'] * 1e3:.2f} ms"]
-    peers = [column for column in medians if column not in ("original", "tfopt")]
-    for column in [*peers, "tfopt"]:
-        if column in times:
-            cells.append(f"{column} " + "{:.2f} [{:.2f}, {:.2f}]".format(*ratio(times["original"], times[column])))
-    verdict = []
-    if "tfopt" in times:
-        if peers:
-            best = min(peers, key=medians.get)
-            versus = ratio(times[best], times["tfopt"])
-            cells.append(f"against {best} " + "{:.2f} [{:.2f}, {:.2f}]".format(*versus))
-            if versus[0] < NEVER_BELOW:
-                verdict.append(f"below {NEVER_BELOW} of the best peer")
-        goal = GOALS.get(name) if batch_size == 1 else None
-        if goal and ratio(times["original"], times["tfopt"])[0] < goal:
-            verdict.append(f"below the goal of {goal}")
-    failed = ", ".join(found["failures"])
-    return f"| {name} | {batch_size} | {' | '.join(cells)} | {'; '.join(verdict) or 'ok'} | {failed} |"
+    verdict = [] if "tfopt" in times else ["tfopt does not run"]
+    for column in COLUMNS[1:]:
+        cells.append(_interval(ratio(times["original"], times[column])) if column in times else "does not run")
+    ran = [column for column in medians if column not in ("original", "tfopt")]
+    if "tfopt" in times and ran:
+        best = min(ran, key=medians.get)
+        versus = ratio(times[best], times["tfopt"])
+        cells.append(f"{_interval(versus)} {best}")
+        if versus[0] < NEVER_BELOW:
+            verdict.append(f"below {NEVER_BELOW} of the best peer")
+    else:
+        cells.append("no peer runs")
+    goal = GOALS.get(name) if batch_size == 1 else None
+    if goal and "tfopt" in times and ratio(times["original"], times["tfopt"])[0] < goal:
+        verdict.append(f"below the goal of {goal}")
+    return f"| {name} | {batch_size} | {' | '.join(cells)} | {'; '.join(verdict) or 'ok'} |"
+
+
+def _interval(values: tuple[float, float, float]) -> str:
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*values)
 
 
 def main() -> None:
@@ -175,6 +179,9 @@ def main() -> None:
         output.write_text(json.dumps(result))
         return
     results: dict[str, dict] = {}
+    if not arguments.profile:
+        titles = ["model", "batch", *COLUMNS, "tfopt against the best peer", ""]
+        print(f"| {' | '.join(titles)} |\n" + "|---" * len(titles) + "|")
     for name, directory in all_models(parse_names(arguments.models)).items():
         for size in arguments.batches.split(","):
             flags = [f"--seconds={arguments.seconds}", *(["--profile"] if arguments.profile else [])]
