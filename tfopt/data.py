@@ -123,7 +123,7 @@ def load(
         arrays, labels = readers.read_function(source, specs, limit)
     elif source.endswith(".npz"):
         arrays = readers.read_npz(source)
-        labels = None if label in specs else arrays.pop(label, None)
+        labels = arrays.get(label) if label in specs else arrays.pop(label, None)
     else:
         arrays, labels = readers.read_tfrecords(source, specs, feature_spec, label, limit)
     if labels is None and label != "label":
@@ -237,7 +237,8 @@ def _cast(source: str, array: np.ndarray, spec: TensorSpec) -> np.ndarray:
     dtype = np.dtype(spec.dtype)
     if array.dtype == dtype:
         return array
-    if not (array.dtype.kind in "biufc" or _is_float(array.dtype)):
+    numeric = array.dtype.kind in "biufc" or _is_float(array.dtype)
+    if not numeric or (array.dtype.kind == "c" and dtype.kind != "c"):
         raise TfoptError(problem)
     with np.errstate(all="ignore"):
         cast = array.astype(dtype)
@@ -254,7 +255,7 @@ def _cast(source: str, array: np.ndarray, spec: TensorSpec) -> np.ndarray:
 
 def _non_finite(array: np.ndarray) -> str | None:
     """Returns where a float array is not finite, in words, or None."""
-    if not _is_float(array.dtype) and array.dtype.kind != "c":
+    if not array.size or not (_is_float(array.dtype) or array.dtype.kind == "c"):
         return None
     finite = np.isfinite(array).reshape(len(array) if array.ndim else 1, -1).all(axis=1)
     if finite.all():

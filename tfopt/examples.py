@@ -85,7 +85,7 @@ def as_rows(source: str, name: str, value: Any, shape: Sequence[int | None] | No
     want = [-1 if size is None else size for size in shape[1:]]
     if want.count(-1) <= 1:
         sizes = int(np.prod([size for size in want if size != -1]))
-        per_row = array[0].size
+        per_row = array.size // len(array)
         if per_row == sizes or (-1 in want and sizes and per_row % sizes == 0):
             return array.reshape(len(array), *want)
     return array
@@ -107,7 +107,7 @@ def label_column(source: str, records: Sequence[bytes], label: str) -> np.ndarra
 
 def one_line(error: BaseException) -> str:
     """Returns the message of an exception on one line of moderate length, without TensorFlow's ornaments."""
-    message = re.sub(r"\{\{.*?\}\}|\[Op:.*|^Name: <unknown>, ", "", " ".join(str(error).split())).strip()
+    message = re.sub(r"\{\{.*?\}\}|\[Op:.*|Name: <unknown>, ", "", " ".join(str(error).split())).strip()
     return message if len(message) <= 300 else message[:297] + "..."
 
 

@@ -65,8 +65,7 @@ def read_tfrecords(
         features = {n: known.get(n) or examples.feature_of(source, spec) for n, spec in specs.items()}
         parsed = examples.parse(source, records, features)
         arrays = {n: examples.as_rows(source, n, value, specs[n].shape) for n, value in parsed.items()}
-    labels = None if label in specs else examples.label_column(source, records, label)
-    return arrays, labels
+    return arrays, examples.label_column(source, records, label)
 
 
 def read_function(source: str, specs: Mapping[str, TensorSpec], limit: int | None) -> tuple[Arrays, np.ndarray | None]:
