@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -414,3 +415,10 @@ def test_marks_ticks_and_labels_stay_on_paper_and_apart(values, axis):
 def test_tensorflow_is_not_imported():
     code = "import tfopt.report, tfopt.data, tfopt.metrics, sys; assert 'tensorflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("cls", [Report, Step, Refusal, Artifact, Metric])
+def test_the_schema_is_documented(cls):
+    text = (Path(__file__).parent.parent / "docs/report.md").read_text("utf-8")
+    for field in dataclasses.fields(cls):
+        assert f"`{field.name}`" in text or f'"{field.name}"' in text
