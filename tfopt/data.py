@@ -141,17 +141,21 @@ def probes(
     shapes: Mapping[str, Sequence[int]] | None = None,
     int_high: int = 10,
     tokens: Sequence[bytes] = (),
+    values: tuple[int, int] = (0, 3),
+    unknown_rank: Sequence[int | None] = (None,),
 ) -> Dataset:
     """Draws seeded random inputs that fit a signature in one call.
 
     Args:
-        specs: the inputs of the signature; an unknown rank is tried as a vector of `rows`.
+        specs: the inputs of the signature.
         seed: the same seed and arguments give the same inputs.
         rows: for an unknown first dimension; a fixed one is kept.
         feature_spec: makes serialized tf.Examples for the string input of a signature that has no other input.
         size: for every other unknown dimension.
         shapes: whole shapes, rows included, for inputs (by name) that need others.
         int_high: integers are in [0, int_high), as indices must be valid; uint8 uses its whole range.
+        values: least and most values of a tf.Example feature of variable length.
+        unknown_rank: the shape that is tried for an unknown rank.
         tokens: strings that the model knows, such as its vocabulary; half of the strings are drawn from them.
 
     Returns:
@@ -159,11 +163,11 @@ def probes(
     """
     from tfopt import examples, random_inputs  # which need the types above
 
-    draw = random_inputs.Draw(np.random.default_rng(seed), int_high, tuple(tokens))
+    draw = random_inputs.Draw(np.random.default_rng(seed), int_high, tuple(tokens), values)
     serialized = examples.serialized_input(specs) if feature_spec else None
     inputs = {}
     for name, spec in specs.items():
-        known = (None,) if spec.shape is None else spec.shape
+        known = unknown_rank if spec.shape is None else spec.shape
         shape = [(rows if axis == 0 else size) if d is None else d for axis, d in enumerate(known)]
         shape = list((shapes or {}).get(name, shape))
         if name == serialized and feature_spec:

@@ -60,7 +60,7 @@ def _features(graph: Graph, node: NodeDef) -> dict[str, Any]:
     spec |= {key: tf.io.RaggedFeature(t) for key, t in zip(ragged_keys, ragged_types, strict=True)}
     shapes = [[d.size for d in shape.dim] for shape in node.attr["dense_shapes"].list.shape]
     for key, dtype, shape, ref in zip(dense_keys, dense_types, shapes, defaults, strict=True):
-        default = graph.constant(ref)
+        default = _value(graph, ref)
         if shape and shape[0] < 0:
             spec[key] = tf.io.FixedLenSequenceFeature(shape[1:], dtype, allow_missing=True)
         else:
@@ -74,8 +74,16 @@ def _broadcast(default: np.ndarray | None, shape: list[int]) -> Any:
     return np.broadcast_to(default.reshape(()) if default.size == 1 else default, shape).tolist()
 
 
+def _value(graph: Graph, ref: str) -> np.ndarray | None:
+    """A constant, also one that waits for something by a control edge, as inlined constants do."""
+    node = graph.producer(ref)
+    while node.op == "Identity":
+        node = graph.producer(node.input[0])
+    return tf.make_ndarray(node.attr["value"].tensor) if node.op == "Const" else None
+
+
 def _texts(graph: Graph, ref: str) -> list[str]:
-    value = graph.constant(ref)
+    value = _value(graph, ref)
     return [] if value is None else [key.decode() for key in value.reshape(-1)]
 
 

@@ -13,18 +13,19 @@ from tfopt.errors import TfoptError
 
 _LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", dtype="S1")
 _MISSING = 0.25  # how often an optional feature is left out
-_MOST_VALUES = 3  # of a feature of variable length
 
 
 @dataclass(frozen=True)
 class Draw:
     """Draws arrays of any dtype: floats standard normal, integers in [0, int_high), uint8 in its whole range,
-    strings random or, for one half, from `tokens`.
+    strings random or, for one half, from `tokens`. A feature of variable length has `values` (least, most) values;
+    where it always has one, no feature is left out.
     """
 
     random: np.random.Generator
     int_high: int = 10
     tokens: tuple[bytes, ...] = ()
+    values: tuple[int, int] = (0, 3)
 
     def __call__(self, dtype: Any, shape: Sequence[int]) -> np.ndarray:
         """Returns an array of the dtype (or "string") and shape."""
@@ -72,8 +73,8 @@ def _feature(name: str, feature: Any, draw: Draw) -> dict[str, np.ndarray]:
     """Returns the flat values of one feature by the keys that it is read from; none where it is left out."""
     kind = type(feature).__name__
     dtype = _numpy_type(feature.dtype)
-    left_out = draw.random.random() < _MISSING
-    count = int(draw.random.integers(0, _MOST_VALUES + 1))
+    left_out = draw.random.random() < _MISSING and draw.values != (1, 1)
+    count = int(draw.random.integers(draw.values[0], draw.values[1] + 1))
     if kind == "FixedLenFeature":
         if left_out and feature.default_value is not None:
             return {}

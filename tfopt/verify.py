@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -19,6 +20,20 @@ from tfopt.model import Model
 BOUNDS = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}
 
 _ROWS = 3  # enough to show a batch that leaks, few enough for large models
+# What to try where a signature leaves shapes and ranges open; the most telling first.
+_GUESSES: tuple[dict[str, Any], ...] = (
+    {"size": 8, "int_high": 10},
+    {"size": 8, "int_high": 2},
+    {"size": 8, "int_high": 2, "values": (1, 1)},
+    {"size": 8, "int_high": 1, "values": (1, 1)},
+    {"size": 32, "int_high": 2},
+    {"size": 224, "int_high": 2},
+    {"unknown_rank": ()},
+    {"unknown_rank": (None, 8)},
+    {"unknown_rank": (None, 224, 224, 3)},
+    {"rows": 1, "size": 1, "int_high": 1},
+)
+
 _CALLS = 2  # a second call shows what state does
 
 
@@ -147,16 +162,8 @@ def _accepted(
 ) -> Dataset:
     spec = features(model, signature)
     failure: TfoptError | None = None
-    # Guesses, most telling first: larger index ranges, then smaller ones; larger unknown dimensions, then one.
-    for rows, size, int_high in (
-        (_ROWS, 8, 10),
-        (_ROWS, 8, 2),
-        (_ROWS, 8, 1),
-        (_ROWS, 32, 2),
-        (_ROWS, 224, 2),
-        (1, 1, 1),
-    ):
-        dataset = probes(specs, seed, rows, spec, size=size, int_high=int_high)
+    for guess in _GUESSES:
+        dataset = probes(specs, seed, feature_spec=spec, **{"rows": _ROWS, **guess})
         try:
             run(signature, dataset.inputs)
             return dataset
