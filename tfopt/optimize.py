@@ -106,7 +106,9 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
             allow_unsafe_deserialization=options.allow_unsafe_deserialization,
             workdir=workspace.scratch,
         )
+        begun = time.monotonic()
         loaded = load_model(source, list(options.signatures) if options.signatures else None)
+        loading = time.monotonic() - begun
         verifier = Verifier(loaded, options.representative_data, options.seed)
         report = Report(
             created=started.isoformat(timespec="seconds"),
@@ -120,6 +122,7 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
                 "evaluation": options.eval_data,
             },
         )
+        report.steps.append(_load_step(loaded, loading))
         report.model = _model_facts(model, source, loaded)
         report.warnings += _warnings(verifier)
         optimized = loaded
@@ -212,6 +215,30 @@ def run_pass(model: Model, name: str, options: dict[str, Any], verifier: Verifie
     step.weight_bytes_after = rewritten.weight_bytes
     step.seconds = time.monotonic() - begun
     return rewritten, step
+
+
+def _load_step(model: Model, seconds: float) -> Step:
+    """The record of loading, which already leaves behind what belongs to saving, restoring and training."""
+    return Step(
+        name="load",
+        nodes_before=model.original_nodes,
+        nodes_after=model.node_count(),
+        weight_bytes_before=model.weight_bytes,
+        weight_bytes_after=model.weight_bytes,
+        applied={
+            "node of another function, of saving, restoring or training": model.original_nodes - model.node_count()
+        },
+        status="unverified",
+        notes=[f"not read by any signature, left in the checkpoint: {listed(model.unused)}"] if model.unused else [],
+        seconds=seconds,
+        summary="reads the signatures, writes out the functions that they call, and leaves everything else behind.",
+    )
+
+
+def listed(names: list[str], limit: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def main_signature(model: Model) -> str:

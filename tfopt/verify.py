@@ -19,7 +19,8 @@ from tfopt.model import Model
 # Bound on max|a - b| / max|a| by the dtype of the output. What is no float must be equal.
 BOUNDS = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}
 
-_ROWS = 3  # enough to show a batch that leaks, few enough for large models
+_ROWS = 3  # random rows: enough to show a batch that leaks, few enough for large models
+_DATA_ROWS = 16  # real rows
 # What to try where a signature leaves shapes and ranges open; the most telling first.
 _GUESSES: tuple[dict[str, Any], ...] = (
     {"size": 8, "int_high": 10},
@@ -147,7 +148,7 @@ def inputs_for(model: Model, data: str | None, seed: int, run: Callable[[str, di
         specs = input_specs(model, name)
         if data:
             try:
-                chosen[name] = load(data, specs, feature_spec=features(model, name), limit=_ROWS)
+                chosen[name] = load(data, specs, feature_spec=features(model, name), limit=_DATA_ROWS)
                 continue
             except TfoptError as error:
                 misfits.append(error)

@@ -22,8 +22,6 @@ _BRANCHES = {"If": "StatefulPartitionedCall", "StatelessIf": "PartitionedCall"}
 
 def run(model: Model, log: Log) -> None:
     """Prunes the main body and every function, in place."""
-    if model.unused:
-        log.notes.append(f"left out of the checkpoint, because no signature reads it: {_listed(model.unused)}")
     if _take_constant_branches(model, log):
         _inline(model)
 
@@ -42,11 +40,6 @@ def run(model: Model, log: Log) -> None:
         model.graph.keep.remove(model.init)
         model.init = None
         model.graph.sweep()
-
-
-def _listed(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def _split_identity_n(graph: Graph, log: Log) -> int:
