@@ -48,7 +48,7 @@ def main() -> None:
     records = {split: samples.taxi_records(split) for split in ("Split-eval", "Split-train")}
     truth = {split: labels(rows) for split, rows in records.items()}
     with tempfile.TemporaryDirectory() as scratch:
-        optimized = peers.tfopt_optimized(original, scratch)
+        optimized, _ = peers.tfopt_optimized(original, scratch)
         kept = peers.read_meta_graph(optimized).signature_def
         print(f"signatures: {', '.join(sorted(kept))}")
         print("| split | signature.output | original AUC | tfopt AUC | records | max difference |")

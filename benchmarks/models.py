@@ -3,8 +3,9 @@
     python -m benchmarks.models --list              name and path of each; builds what is missing
     python -m benchmarks.models --list --models=resnet50,kws-ds-cnn
 
-Untrained networks get batch-norm statistics that match their own activations, then are jittered: outputs stay in
-a sane range through any depth, and no scale or shift is the identity that a fold could ignore.
+Untrained networks get random scales and shifts, and batch-norm statistics near those of their own activations: values
+stay in a sane range through any depth, and no scale or shift is the identity that a fold could ignore. Scales are
+below 1, as trained ones mostly are: above it a deep random network amplifies rounding until it hides what is measured.
 """
 
 from __future__ import annotations
@@ -46,36 +47,47 @@ def input_range(name: str) -> tuple[float, float]:
     return INPUT_RANGE.get(name, (-1.0, 1.0))
 
 
+def picture(rng, shape, low: float, high: float):
+    """Returns float32 random images (or other arrays) in [low, high]: noise on a coarse pattern where there is room.
+
+    Pure noise looks the same to a convnet whatever the seed: its features would hardly vary, and normalising that
+    little variance would blow up rounding errors.
+    """
+    import numpy as np
+
+    values = rng.uniform(low, high, shape)
+    if len(shape) == 4 and min(shape[1:3]) >= 16:
+        coarse = rng.uniform(low, high, (shape[0], 4, 4, shape[3]))
+        rows, columns = (np.arange(size) * 4 // size for size in shape[1:3])
+        values = 0.2 * values + 0.8 * coarse[:, rows][:, :, columns]
+    return values.astype(np.float32)
+
+
 def _settle(model, name: str) -> None:
     """Gives every normalisation of an untrained Keras model non-trivial statistics, scales and shifts."""
     import keras
     import numpy as np
 
     rng = np.random.default_rng(SEED)
-    norms = [x for x in model._flatten_layers() if isinstance(x, keras.layers.BatchNormalization)]
+    layers = model._flatten_layers()
+    norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
+    for layer in layers:
+        for weight in layer.weights:
+            if weight.name in ("gamma", "scale") or type(layer).__name__ == "LayerScale":
+                weight.assign(rng.uniform(0.3, 0.8, weight.shape))
+            elif weight.name in ("beta", "bias"):
+                weight.assign(rng.normal(0, 0.1, weight.shape))
     if norms:
         momenta = [layer.momentum for layer in norms]
         for layer in norms:
             layer.momentum = 0.0
         low, high = input_range(name)
-        images = [rng.uniform(low, high, (8, *x.shape[1:])).astype("float32") for x in model.inputs]
+        images = [picture(rng, (8, *x.shape[1:]), low, high) for x in model.inputs]
         model(keras.tree.pack_sequence_as(model.input, images), training=True)
         for layer, momentum in zip(norms, momenta, strict=True):
             layer.momentum = momentum
-    for layer in model._flatten_layers():
-        for weight in layer.weights:
-            kind = weight.name
-            value = np.asarray(weight)
-            if isinstance(layer, keras.layers.BatchNormalization):
-                if kind in ("gamma", "moving_variance"):
-                    weight.assign(value * rng.uniform(0.7, 1.4, value.shape))
-                else:
-                    weight.assign(value + rng.normal(0, 0.1, value.shape))
-            elif isinstance(layer, keras.layers.LayerNormalization) or type(layer).__name__ == "LayerScale":
-                shift = kind == "beta"
-                weight.assign(rng.normal(0, 0.1, value.shape) if shift else rng.uniform(0.1, 1.0, value.shape))
-            elif kind == "bias":
-                weight.assign(value + rng.normal(0, 0.05, value.shape))
+            for weight, spread in ((layer.moving_mean, 0.05), (layer.moving_variance, 0.1)):
+                weight.assign(np.asarray(weight) * rng.uniform(1 - spread, 1 + spread, weight.shape))
     head = model.layers[-1]
     if norms and len(model.outputs) == 1:  # logits of unit spread: a saturated softmax would hide every error
         features = np.asarray(keras.Model(model.inputs, head.input)(images))

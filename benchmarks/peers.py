@@ -38,6 +38,7 @@ class Candidate:
     directory: str | None = None
     notes: list[str] = field(default_factory=list)
     refusals: dict[str, list[str]] = field(default_factory=dict)  # node -> why tfopt left it
+    steps: list[dict] = field(default_factory=list)  # what tfopt's passes took
 
     @property
     def bytes(self) -> int:
@@ -148,14 +149,25 @@ def grappler(directory: str, signature: str | None = None) -> Candidate:
     return Candidate(before.inputs, before.outputs, tf_optimizer.OptimizeGraph(config, meta), notes=before.notes)
 
 
-def tfopt_optimized(saved_model_dir: str, out_dir: str) -> str:
-    """Runs tfopt's lossless recipe; returns the serving directory that it wrote."""
-    raise NotImplementedError
+def tfopt_optimized(saved_model_dir: str, out_dir: str):
+    """Runs tfopt's lossless recipe; returns (the serving directory that it wrote, its report)."""
+    from tfopt.optimize import Options, optimize
+
+    result = optimize(saved_model_dir, out_dir, Options(tflite=(), measure_latency=False, overwrite=True))
+    return str(result.directory / "serving" / "1"), result.report
 
 
 def tfopt(directory: str, out_dir: str, signature: str | None = None) -> Candidate:
     """tfopt's lossless recipe, as it is emitted for serving."""
-    return serving(tfopt_optimized(directory, out_dir), signature)
+    serving_dir, report = tfopt_optimized(directory, out_dir)
+    candidate = serving(serving_dir, signature)
+    for step in report.steps:
+        candidate.steps.append({"name": step.name, "seconds": step.seconds, "nodes": step.nodes_after})
+        if step.status == "undone":
+            candidate.notes.append(f"{step.name} was undone: {step.notes[-1]}")
+        for refusal in step.refused:
+            candidate.refusals.setdefault(refusal.node, []).append(f"{refusal.rule}: {refusal.reason}")
+    return candidate
 
 
 def build(tool: str, directory: str, scratch: str, signature: str | None = None) -> Candidate:

@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 
-from benchmarks.models import REPOSITORY, SEED, input_range
+from benchmarks.models import REPOSITORY, SEED, input_range, picture
 
 DATA = REPOSITORY.parent / "shared" / "data"
 
@@ -59,7 +59,7 @@ def draw(name: str, inputs: dict, rows: int, seed: int = SEED) -> dict[str, np.n
             records = penguin_records(rows) if name == "tfx-penguin" else taxi_records(limit=rows)
             batch[key] = np.array(records, dtype=object)
         elif dtype.is_floating:
-            batch[key] = rng.uniform(low, high, shape).astype(dtype.as_numpy_dtype)
+            batch[key] = picture(rng, shape, low, high).astype(dtype.as_numpy_dtype)
         else:
             batch[key] = rng.integers(0, 1000, shape).astype(dtype.as_numpy_dtype)
     return batch
