@@ -11,12 +11,13 @@ Without ``--output`` nothing is trained.
 from __future__ import annotations
 
 import shutil
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
+from tfopt import isolate
 from tfopt.errors import TfoptError
 
 INPUT = "image"
@@ -122,37 +123,32 @@ def export(model, output: Path) -> None:
     beside.rename(output)
 
 
-def main(argv: list[str]) -> int:
-    """Run the script; returns its exit code."""
-    logging.set_verbosity(logging.WARNING)
-    try:
-        if argv[1:]:
-            raise TfoptError(f"train_digits takes flags only. Received: {' '.join(argv[1:])}")
-        if _OUTPUT.value is None and _DATA_DIR.value is None:
-            raise TfoptError("nothing to do: give --output, --data_dir or both")
-        if _DATA_DIR.value is not None:
-            write_data(Path(_DATA_DIR.value), _SEED.value)
-        if _OUTPUT.value is not None:
-            output = Path(_OUTPUT.value)
-            if output.exists() and not _OVERWRITE.value:
-                raise TfoptError(f"--output={output} exists: give another path or --overwrite")
-            model, accuracy = train(_SEED.value, _EPOCHS.value)
-            if accuracy < MIN_ACCURACY:
-                raise TfoptError(
-                    f"the model reached {accuracy:.4f} on held-out rows and needs {MIN_ACCURACY}: raise --epochs"
-                    f" (received {_EPOCHS.value})"
-                )
-            export(model, output)
-            print(f"{output}: accuracy {accuracy:.4f} on the held-out digits")
-    except TfoptError as error:
-        print(f"train_digits: {error}", file=sys.stderr)
-        return 2
+def main(argv: Sequence[str]) -> int:
+    """Turns flags into library calls; returns the exit code."""
+    if argv[1:]:
+        raise TfoptError(f"train_digits takes flags only. Received: {' '.join(argv[1:])}")
+    if _OUTPUT.value is None and _DATA_DIR.value is None:
+        raise TfoptError("nothing to do: give --output, --data_dir or both")
+    if _DATA_DIR.value is not None:
+        write_data(Path(_DATA_DIR.value), _SEED.value)
+    if _OUTPUT.value is not None:
+        output = Path(_OUTPUT.value)
+        if output.exists() and not _OVERWRITE.value:
+            raise TfoptError(f"--output={output} exists: give another path or --overwrite")
+        model, accuracy = train(_SEED.value, _EPOCHS.value)
+        if accuracy < MIN_ACCURACY:
+            raise TfoptError(
+                f"the model reached {accuracy:.4f} on held-out rows and needs {MIN_ACCURACY}: raise --epochs"
+                f" (received {_EPOCHS.value})"
+            )
+        export(model, output)
+        print(f"{output}: accuracy {accuracy:.4f} on the held-out digits")
     return 0
 
 
 def run() -> None:
     """Entry point of ``python -m pipelines.train_digits``."""
-    app.run(main)
+    isolate.run(main)
 
 
 if __name__ == "__main__":
