@@ -14,9 +14,10 @@ import tensorflow as tf
 from tfopt.graph import Graph, Shape, infer_shapes, op_def, split
 from tfopt.model import Model
 from tfopt.passes import Pass, optimize_in_process
+from tfopt.passes.branches import take_constant_branches
 from tfopt.rewrite import Log
 
-_OPTIMIZERS = ["pruning", "constfold", "arithmetic", "dependency", "constfold", "arithmetic", "dependency"]
+_OPTIMIZERS = ["pruning", "constfold", "loop", "arithmetic", "dependency", "constfold", "arithmetic", "dependency"]
 
 _NEVER = ("Switch", "Merge", "Enter", "Exit", "NextIteration", "LoopCond", "Identity", "NoOp", "PlaceholderWithDefault")
 _OPAQUE = tuple(d.as_datatype_enum for d in (tf.string, tf.resource, tf.variant))
@@ -30,12 +31,14 @@ def run(model: Model, log: Log, max_growth_bytes: int = 4096) -> None:
       log: gets what was folded, and what would have grown.
       max_growth_bytes: how much larger a folded value may be than the constants that it makes superfluous.
     """
-    _fold_weights(model, log, max_growth_bytes)
-    before = model.node_count()
-    optimize_in_process(model, _OPTIMIZERS)
-    model.graph.sweep()
-    if model.node_count() < before:
-        log.applied["node folded by TensorFlow's optimizer"] += before - model.node_count()
+    while True:
+        _fold_weights(model, log, max_growth_bytes)
+        before = model.node_count()
+        optimize_in_process(model, _OPTIMIZERS)
+        if model.node_count() < before:
+            log.applied["node folded by TensorFlow's optimizer"] += before - model.node_count()
+        if not take_constant_branches(model, log):
+            break
 
 
 def _fold_weights(model: Model, log: Log, max_growth_bytes: int) -> None:

@@ -1,29 +1,23 @@
 """prune_graph: removes what serving does not need.
 
-Ops that hand their input on, checks and prints, dropout and noise at rate zero, branches that a constant decides,
-control edges from what has no effect, nodes that reach no result, functions that nothing calls.
+Ops that hand their input on, checks and prints, dropout and noise at rate zero, control
+edges from what has no effect, nodes that reach no result, functions that nothing calls.
 """
 
 from __future__ import annotations
 
-import tensorflow as tf
-from tensorflow.core.protobuf.rewriter_config_pb2 import RewriterConfig
-
-from tfopt.graph import Graph, make_node, split
+from tfopt.graph import Graph, split
 from tfopt.model import Model
-from tfopt.passes import Pass, for_each_body, optimize_in_process
+from tfopt.passes import Pass, for_each_body
 from tfopt.rewrite import Log, apply, has_effect
 from tfopt.rules import identities, noise
 
 _RULES = (*identities.RULES, *noise.RULES)
 _SWITCHES = ("Switch", "RefSwitch", "Merge", "RefMerge", "Enter", "Exit", "NextIteration", "LoopCond")
-_BRANCHES = {"If": "StatefulPartitionedCall", "StatelessIf": "PartitionedCall"}
 
 
 def run(model: Model, log: Log) -> None:
     """Prunes the main body and every function, in place."""
-    if _take_constant_branches(model, log):
-        _inline(model)
 
     def prune(graph: Graph) -> int:
         changed = _drop_control_edges(graph, log)
@@ -74,52 +68,6 @@ def _drop_control_edges(graph: Graph, log: Log) -> int:
     if count:
         log.applied["control edge without effect"] += count
     return count
-
-
-def _take_constant_branches(model: Model, log: Log) -> int:
-    """Replaces a functional If whose predicate is constant by a call of the branch that it takes."""
-    graph, count = model.graph, 0
-    for name, node in list(graph.nodes.items()):
-        if node.op not in _BRANCHES:
-            continue
-        predicate = _constant_predicate(graph, node.input[0])
-        if predicate is None:
-            continue
-        call = make_node(name, _BRANCHES[node.op], node.input[1:])
-        call.attr["f"].func.CopyFrom(node.attr["then_branch" if predicate else "else_branch"].func)
-        call.attr["Tin"].CopyFrom(node.attr["Tin"])
-        call.attr["Tout"].CopyFrom(node.attr["Tout"])
-        graph.replace(call)
-        log.applied["branch that a constant decides"] += 1
-        count += 1
-    return count
-
-
-def _constant_predicate(graph: Graph, ref: str) -> bool | None:
-    """The truth of a predicate, seen through Identity, defaults that nobody feeds, and LogicalNot."""
-    negate = False
-    while True:
-        value = graph.constant(ref)
-        if value is not None:
-            return bool(value.reshape(-1)[0]) != negate if value.size == 1 else None
-        node = graph.producer(ref)
-        if node.op == "LogicalNot":
-            negate = not negate
-        elif node.name in graph.arguments or node.op not in ("Identity", "PlaceholderWithDefault", "StopGradient"):
-            return None
-        ref = node.input[0]
-
-
-def _inline(model: Model) -> None:
-    """Inlines the calls that taking a branch left, in place."""
-    graph = model.graph
-    # Inlining renames what a call gave; a result that comes straight from a call is held by an Identity meanwhile.
-    for label, ref in graph.outputs.items():
-        producer = graph.producer(ref)
-        if producer.op in _BRANCHES.values():
-            dtype = tf.as_dtype(producer.attr["Tout"].list.type[split(ref)[1]])
-            graph.outputs[label] = graph.add_op("tfopt_held", "Identity", [ref, f"^{producer.name}"], T=dtype)
-    optimize_in_process(model, ["function"], function_optimization=RewriterConfig.AGGRESSIVE)
 
 
 PASS = Pass("prune_graph", run)
