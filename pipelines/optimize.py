@@ -13,10 +13,12 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 
 from tfopt import isolate
+from tfopt.publish import remove_stale
 
 FLAGS = flags.FLAGS
 
@@ -107,9 +109,14 @@ def main(argv: Sequence[str]) -> int:
     return 1 if result.failed or result.empty else 0
 
 
+def clean_up() -> None:
+    """Removes what a run that crashed left behind."""
+    remove_stale(Path(FLAGS.output_dir))
+
+
 def run() -> None:
     """The console command."""
-    isolate.run(main)
+    isolate.run(main, clean_up)
 
 
 if __name__ == "__main__":

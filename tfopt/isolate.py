@@ -24,11 +24,12 @@ _NATIVE_LOG = re.compile(
 )
 
 
-def run(main: Callable[[Sequence[str]], int | None]) -> None:
+def run(main: Callable[[Sequence[str]], int | None], clean_up: Callable[[], None] | None = None) -> None:
     """Runs an absl main function in a child process and exits as it does.
 
     Args:
       main: takes the positional arguments and returns the exit code; a TfoptError becomes one line and exit code 2.
+      clean_up: called with the flags parsed after the child was killed or crashed, to remove what it left behind.
     """
     if _CHILD in os.environ or any(a.startswith(("--help", "-help", "--version_info")) for a in sys.argv[1:]):
         app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
@@ -50,6 +51,9 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         why = re.sub(r"^[A-Z]\d{4} \S+\s+\d+ ", "", last.decode(errors="replace")).strip()
         print(f"error: TensorFlow ended the process ({name}){': ' + why[:300] if why else ''}", file=sys.stderr)
         code = 2
+        if clean_up is not None:
+            _parse_flags(sys.argv)
+            clean_up()
     sys.exit(code)
 
 

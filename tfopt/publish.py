@@ -11,11 +11,20 @@ from pathlib import Path
 from tfopt.errors import TfoptError
 
 
+def remove_stale(output: Path) -> None:
+    """Removes what killed runs left for an output directory: hidden workspaces whose process is gone."""
+    for path in _nearest(output.parent).glob(f"{_prefix(output)}*"):
+        pid = path.name.removeprefix(_prefix(output)).split("-")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 class Workspace:
     """A hidden directory beside the output directory; a context manager that removes it, whatever happened.
 
-    A killed run leaves at most the hidden directory, which no file watcher takes for a model, and which the next run
-    with the same output directory removes.
+    Where the parents of the output directory do not exist yet, it lies beside the first that is missing, so that no
+    run makes a directory before it has something to put there. A killed run leaves at most the hidden directory, which
+    no file watcher takes for a model, and which the next run with the same output directory removes.
     """
 
     def __init__(self, output: Path, targets: Sequence[str], *, overwrite: bool):
@@ -31,35 +40,28 @@ class Workspace:
         """
         self._output = output
         self._targets = list(targets)
-        if output.exists() and not output.is_dir():
-            raise TfoptError(f"--output_dir={output}: is a file; name a directory")
-        existing = [t for t in targets if (output / t).exists()]
-        if existing and not overwrite:
-            raise TfoptError(f"--output_dir={output}: holds {existing[0]} already; pass --overwrite to replace it")
-        parent = next((p for p in (output.parent, *output.parent.parents) if p.exists()), Path())
         try:
-            self._made = [p for p in (output.parent, *output.parent.parents) if not p.exists()]
-            output.parent.mkdir(parents=True, exist_ok=True)
-            self._remove_stale()
-            self._root = Path(tempfile.mkdtemp(prefix=self._prefix(os.getpid()), dir=output.parent))
+            anchor = _nearest(output.parent)
+            if output.exists() and not output.is_dir():
+                raise TfoptError(f"--output_dir={output}: is a file; name a directory")
+            existing = [t for t in targets if (output / t).exists()]
+            if existing and not overwrite:
+                raise TfoptError(f"--output_dir={output}: holds {existing[0]} already; pass --overwrite to replace it")
             if output.exists() and not os.access(output, os.W_OK | os.X_OK):
                 raise PermissionError(13, "Permission denied")
+            remove_stale(output)
+            self._root = Path(tempfile.mkdtemp(prefix=f"{_prefix(output)}{os.getpid()}-", dir=anchor))
+            self.scratch = self._root / "scratch"
+            self.scratch.mkdir()
+            (self._root / "out").mkdir()
         except OSError as error:
-            raise TfoptError(f"--output_dir={output}: cannot be written in {parent}: {error.strerror}") from error
-        self.scratch = self._root / "scratch"
-        self.scratch.mkdir()
-        (self._root / "out").mkdir()
+            raise TfoptError(f"--output_dir={output}: cannot be written: {error.strerror}") from error
 
     def __enter__(self) -> Workspace:
         return self
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self._root, ignore_errors=True)
-        for directory in self._made:  # what was made for nothing goes again; rmdir refuses what is in use
-            try:
-                directory.rmdir()
-            except OSError:
-                break
 
     def path(self, target: str) -> Path:
         """Where to write what will end at `target` below the output directory; its parent exists."""
@@ -86,7 +88,7 @@ class Workspace:
 
     def publish(self) -> None:
         """Moves every target to its place by one rename each; the model that a server watches comes last."""
-        self._output.mkdir(exist_ok=True)
+        self._output.mkdir(parents=True, exist_ok=True)
         old = self._root / "old"
         for target in sorted(self._targets, key=lambda t: t.startswith("serving/")):
             source, place = self._root / "out" / target, self._output / target
@@ -99,15 +101,15 @@ class Workspace:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 source.rename(place)
 
-    def _prefix(self, pid: int) -> str:
-        return f".{self._output.name}.tfopt-{pid}-"
 
-    def _remove_stale(self) -> None:
-        """Removes what killed runs left: workspaces whose process is gone."""
-        for path in self._output.parent.glob(f".{self._output.name}.tfopt-*"):
-            pid = path.name.rsplit("tfopt-", 1)[1].split("-")[0]
-            if pid.isdigit() and not _alive(int(pid)):
-                shutil.rmtree(path, ignore_errors=True)
+def _nearest(directory: Path) -> Path:
+    """The first of a directory and its parents that exists."""
+    return next((p for p in (directory, *directory.parents) if p.exists()), Path())
+
+
+def _prefix(output: Path) -> str:
+    """How the names of the hidden workspaces of an output directory begin; the process id follows."""
+    return f".{output.name}.tfopt-"
 
 
 def _alive(pid: int) -> bool:
