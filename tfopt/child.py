@@ -114,10 +114,11 @@ class Child:
         self._log.seek(0)
         lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines()]
         # TensorFlow's own log lines begin with a level and a date; what killed the process comes last.
-        said = next((line for line in reversed(lines) if line and line[:3] not in ("I00", "W00")), "")
+        said = next((line for line in reversed(lines) if line and line[:3] not in ("I00", "W00", "WAR", "INF")), "")
         how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-        return f"died of {how}{hint}" + (f": {said[:200]}" if said else "")
+        if code == -signal.SIGKILL:
+            return f"died of {how} (out of memory?)"
+        return f"died of {how}" if code == -signal.SIGSEGV or not said else f"died of {how}: {said[:200]}"
 
 
 def _main(fd: int, parent: int, worker: str) -> None:

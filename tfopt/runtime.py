@@ -3,8 +3,8 @@
     with runtime.open("saved_models/digits", threads=2) as program:
         scores = program.run("serving_default", {"image": images})["scores"]
 
-TensorFlow is imported only where a SavedModel (or a .tflite file with Select TF ops) is opened, so that the
-peak memory of a process that runs a .tflite file is that of the file.
+TensorFlow is imported only where a SavedModel is opened, so that the peak memory of a process that runs a .tflite file
+is that of the file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ Outputs = dict[str, np.ndarray]
 SESSION = "v1 session"  # what TensorFlow Serving does
 PYTHON = "tf.saved_model.load"
 LITERT = "ai_edge_litert"
-SELECT = "tf.lite with Select TF ops"
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Program(ABC):
 
     Attributes:
         path: where it came from.
-        loader: SESSION, PYTHON, LITERT or SELECT.
+        loader: SESSION, PYTHON or LITERT.
         signatures: by name.
     """
 

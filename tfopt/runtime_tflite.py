@@ -1,16 +1,16 @@
-"""The .tflite files behind the face of runtime.Program; imports no TensorFlow unless the file needs its kernels."""
+"""The .tflite files behind the face of runtime.Program; imports no TensorFlow."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from ai_edge_litert.interpreter import Interpreter
 
 from tfopt.data import STRING, TensorSpec
 from tfopt.errors import TfoptError
-from tfopt.runtime import LITERT, SELECT, Outputs, Program, Signature, one_line
+from tfopt.runtime import LITERT, Outputs, Program, Signature, one_line
 
 
 class LiteProgram(Program):
@@ -18,7 +18,12 @@ class LiteProgram(Program):
 
     def __init__(self, path: str, threads: int | None):
         super().__init__(path)
-        self.loader, self._interpreter = _interpreter(path, threads)
+        self.loader = LITERT
+        try:
+            self._interpreter = Interpreter(model_path=path, num_threads=threads)
+            self._interpreter.allocate_tensors()
+        except (RuntimeError, ValueError) as error:
+            raise TfoptError(f"{path} does not load: {_reason(error)}") from error
         self._runners: dict[str, Any] = {}
         keys = sorted(self._interpreter.get_signature_list())
         if keys:
@@ -47,7 +52,7 @@ class LiteProgram(Program):
             try:
                 results = call()
             except (RuntimeError, ValueError) as error:
-                raise self._failed(signature, error) from error
+                raise TfoptError(f"{self.path}: signature '{signature}' cannot run: {_reason(error)}") from error
             return {name: dequantize(results[name], outputs[name]) for name in sorted(results)}
 
         return run
@@ -83,26 +88,10 @@ def dequantize(array: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
     return (array.astype(np.float32) - np.float32(zero_point)) * np.float32(scale) if scale else array
 
 
-def _interpreter(path: str, threads: int | None) -> tuple[str, Any]:
-    from ai_edge_litert.interpreter import Interpreter
-
-    try:
-        interpreter = Interpreter(model_path=path, num_threads=threads)
-        interpreter.allocate_tensors()
-        return LITERT, interpreter
-    except (RuntimeError, ValueError) as error:
-        if "Select TensorFlow op" not in str(error):
-            raise TfoptError(f"{path} does not load: {one_line(error)}") from error
-    import tensorflow as tf  # only its interpreter holds the kernels of Select TF ops
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that tf.lite.Interpreter has moved
-            interpreter = tf.lite.Interpreter(model_path=path, num_threads=threads)
-        interpreter.allocate_tensors()
-    except (RuntimeError, ValueError) as error:
-        raise TfoptError(f"{path} does not load: {one_line(error)}") from error
-    return SELECT, interpreter
+def _reason(error: Exception) -> str:
+    if "Flex delegate" in str(error):
+        return "it needs the Flex delegate (Select TF ops), which ai_edge_litert does not have"
+    return one_line(error)
 
 
 def _lite_spec(name: str, detail: Mapping[str, Any]) -> TensorSpec:
