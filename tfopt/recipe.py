@@ -17,6 +17,7 @@ NAMED: dict[str, list[str | dict[str, Any]]] = {
         "fold_constants",
         "fold_affine",
         "fold_constants",
+        "prune_graph",
         "merge_duplicates",
     ],
 }
