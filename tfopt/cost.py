@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tfopt.errors import TfoptError
+from tfopt.errors import TfoptError, one_line
 
 Shape = Sequence[int | None]
 
@@ -65,7 +65,10 @@ def cost(path: str | Path, signature: str = "serving_default") -> Cost:
 
         return tflite_cost(path, signature)
     graph_def, outputs = _inlined(Path(path), signature)
-    return graph_cost(graph_def, outputs=outputs)
+    try:
+        return graph_cost(graph_def, outputs=outputs)
+    except (ValueError, TypeError, KeyError) as error:
+        raise TfoptError(f"{path}: its graph is damaged: {one_line(error)}") from error
 
 
 def graph_cost(graph_def: Any, *, outputs: Iterable[str] | None = None, weights: Collection[str] = ()) -> Cost:

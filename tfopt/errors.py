@@ -12,11 +12,22 @@ class TfoptError(Exception):
     """
 
 
-_NOISE = ("Graph execution error", "Detected at node", "Node: ", "<stack traces", "File ", "Original stack trace", "Traceback")
+_NOISE = (
+    "Graph execution error",
+    "Detected at node",
+    "Node: ",
+    "<stack traces",
+    "File ",
+    "Original stack trace",
+    "Traceback",
+)
 
 
 def one_line(error: BaseException) -> str:
     """The line of an exception's message that says what went wrong, without TensorFlow's frame around it."""
     lines = [line.strip() for line in str(getattr(error, "message", None) or error).splitlines()]
     telling = [line for line in lines if line and not line.startswith(_NOISE)]
-    return re.sub(r"\{\{node ([^}]*)\}\}", r"node '\1'", telling[0]) if telling else type(error).__name__
+    if not telling:
+        return type(error).__name__
+    line = re.sub(r"\{\{function_node [^}]*\}\} *", "", telling[0])
+    return re.sub(r"\{\{node ([^}]*)\}\}", r"node '\1'", line)

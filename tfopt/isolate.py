@@ -68,14 +68,16 @@ def _how_started() -> list[str]:
 def _pass_on(stream: Any) -> bytes:
     """Copies a stream to standard error but for TensorFlow's native log; returns the last line of that log."""
     last, line = b"", b""
+    native = False  # whether the last line was of that log; what belongs to one follows it indented by a tab
     while byte := stream.read1(4096):
         line += byte
         *done, line = re.split(rb"(?<=[\r\n])", line)
         for text in done:
-            if _NATIVE_LOG.match(text):
-                last = text if text[:1] == b"F" else last
-            else:
+            native = bool(_NATIVE_LOG.match(text)) or (native and text.startswith(b"\t"))
+            if not native:
                 sys.stderr.buffer.write(text)
+            elif text[:1] == b"F":
+                last = text
         sys.stderr.flush()
     if line and not _NATIVE_LOG.match(line):
         sys.stderr.buffer.write(line)

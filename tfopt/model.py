@@ -164,6 +164,8 @@ def load(path: str | Path, signatures: list[str] | None = None) -> Model:
         raise TfoptError(f"{prefix}: the checkpoint's object graph cannot be read: {one_line(error)}") from error
     try:
         inlined = inline(meta, kept)
+    except TfoptError as error:
+        raise TfoptError(f"{directory / 'saved_model.pb'}: {error}") from error
     except (tf.errors.OpError, ValueError, KeyError, IndexError, RuntimeError) as error:
         raise TfoptError(f"{directory / 'saved_model.pb'}: the graph is damaged: {one_line(error)}") from error
 
