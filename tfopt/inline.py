@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
@@ -14,7 +14,7 @@ from tensorflow.core.protobuf.rewriter_config_pb2 import RewriterConfig
 from tensorflow.python.grappler import tf_optimizer
 
 from tfopt.errors import TfoptError
-from tfopt.graph import op_def, split
+from tfopt.graph import join, op_def, split
 
 INIT_SIGNATURE = "__saved_model_init_op"
 TRAIN_SIGNATURE = "__saved_model_train_op"
@@ -23,6 +23,7 @@ TRAIN_SIGNATURE = "__saved_model_train_op"
 _STALE_ATTRS = (
     "_class",
     "_gradient_op_type",
+    "_input_shapes",
     "_lower_using_switch_merge",
     "_noinline",
     "_output_shapes",
@@ -98,6 +99,7 @@ def inline(meta: MetaGraphDef, signatures: dict[str, SignatureDef]) -> Inlined:
             node.device = ""
             for attr in _STALE_ATTRS:
                 node.attr.pop(attr, None)
+            _add_defaults(node)
     for function in graph_def.library.function:
         for attr in _STALE_ATTRS:
             function.attr.pop(attr, None)
@@ -139,6 +141,14 @@ def _check_ops(graph_def: GraphDef) -> None:
                     f"node {node.name!r} uses op {node.op!r}, which TensorFlow {tf.__version__} does not have; "
                     "export the model without it, or load the library that registers the op first"
                 )
+
+
+def _add_defaults(node: NodeDef) -> None:
+    """Writes out the attributes that an exporter left out because they have their default value."""
+    definition = op_def(node.op)
+    for attr in definition.attr if definition is not None else ():
+        if attr.HasField("default_value") and attr.name not in node.attr:
+            node.attr[attr.name].CopyFrom(attr.default_value)
 
 
 def _init_ops(meta: MetaGraphDef) -> list[str]:
@@ -261,50 +271,56 @@ def _separate_fed_tensors(
                 if producer not in nodes:
                     raise TfoptError(f"signature {name!r}: output tensor {tensor!r} is not in the graph")
                 ref = fed.get(tensor.removesuffix(":0")) or f"{copies.get(producer, producer)}:{max(port, 0)}"
-                dtype = info.dtype or _component_dtype(info, component)
-                fetches.append((label(name, output, component), ref, dtype))
+                fetches.append((label(name, output, component), ref, _component_dtype(info, component)))
     return fetches
 
 
 def _component_dtype(info: TensorInfo, component: str) -> int:
-    return info.composite_tensor.components[int(component)].dtype
+    if info.WhichOneof("encoding") == "composite_tensor":
+        return info.composite_tensor.components[int(component)].dtype
+    return info.dtype if component in ("", "values") else tf.int64.as_datatype_enum
 
 
 def _copy_downstream(
     graph_def: GraphDef, nodes: dict[str, NodeDef], signature: SignatureDef, fed: dict[str, str], prefix: str
 ) -> dict[str, str]:
     """Copies the nodes between fed tensors and a signature's results; returns original name -> copy."""
-    roots = [split(name)[0] for info in signature.outputs.values() for _, name in tensor_names(info)]
-    copies: dict[str, str] = {}
-    depends: dict[str, bool] = {}
-    stack = [(root, False) for root in roots]
-    while stack:
-        name, done = stack.pop()
-        if name in depends and not done:
-            continue
-        refs = [ref for ref in nodes[name].input if not ref.startswith("^")]
-        if not done:
-            depends[name] = False
-            stack.append((name, True))
-            stack.extend((split(ref)[0], False) for ref in refs if ref.removesuffix(":0") not in fed)
-            continue
-        depends[name] = any(ref.removesuffix(":0") in fed or depends[split(ref)[0]] for ref in refs)
-        if depends[name]:
-            original = nodes[name]
-            inputs = [
-                fed.get(ref.removesuffix(":0")) or (ref if ref.startswith("^") else _renamed(ref, copies))
-                for ref in original.input
-            ]
-            clone = _add(graph_def, nodes, f"{prefix}/{name}", original.op, inputs)
-            for key, attr in original.attr.items():
-                clone.attr[key].CopyFrom(attr)
-            copies[name] = clone.name
+    users: dict[str, list[str]] = {}
+    frontier = []  # nodes that take a fed tensor
+    for node in graph_def.node:
+        for ref in node.input:
+            if ref.removesuffix(":0") in fed:
+                frontier.append(node.name)
+            else:
+                users.setdefault(split(ref)[0], []).append(node.name)
+    depends = _closure(frontier, lambda name: users.get(name, ()))
+    roots = [split(tensor)[0] for i in signature.outputs.values() for _, tensor in tensor_names(i)]
+    needed = _closure(
+        roots, lambda name: (split(ref)[0] for ref in nodes[name].input if ref.removesuffix(":0") not in fed)
+    )
+    originals = [name for name in list(nodes) if name in depends and name in needed]
+    copies = {name: _add(graph_def, nodes, f"{prefix}/{name}", nodes[name].op, []).name for name in originals}
+    for name, copy in copies.items():
+        nodes[copy].input.extend(fed.get(ref.removesuffix(":0")) or _renamed(ref, copies) for ref in nodes[name].input)
+        for key, attr in nodes[name].attr.items():
+            nodes[copy].attr[key].CopyFrom(attr)
     return copies
+
+
+def _closure(roots: Iterable[str], following: Callable[[str], Iterable[str]]) -> set[str]:
+    seen: set[str] = set()
+    stack = list(roots)
+    while stack:
+        name = stack.pop()
+        if name not in seen:
+            seen.add(name)
+            stack.extend(following(name))
+    return seen
 
 
 def _renamed(ref: str, copies: dict[str, str]) -> str:
     name, port = split(ref)
-    return f"{copies[name]}:{port}" if name in copies else ref
+    return join(copies[name], port) if name in copies else ref
 
 
 def _run_function_optimizer(graph_def: GraphDef, keep: list[str]) -> GraphDef:
