@@ -41,6 +41,7 @@ _CALLERS = {
     "StatefulPartitionedCall": 0,
 }
 _LOOPS = ("While", "StatelessWhile")
+_GATES = ("Switch", "Enter")  # how v1 branches and loops let a handle in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,10 +121,18 @@ def _restored_key(graph: Graph, ref: str) -> CheckpointKey | None:
     node = graph.nodes[name]
     if node.op != "RestoreV2":
         return None
-    names, slices = graph.constant(node.input[1]), graph.constant(node.input[2])
+    names, slices = (_waiting_constant(graph, ref) for ref in node.input[1:3])
     if names is None or slices is None:
         return None
     return CheckpointKey(names[port].decode(), slices[port].decode(), tf.as_dtype(node.attr["dtypes"].list.type[port]))
+
+
+def _waiting_constant(graph: Graph, ref: str) -> np.ndarray | None:
+    """The value of a Const that may wait for something by a control edge, as inlined ones do."""
+    node = graph.producer(ref)
+    while node.op == "Identity":
+        node = graph.producer(node.input[0])
+    return tf.make_ndarray(node.attr["value"].tensor) if node.op == "Const" else None
 
 
 def read_checkpoint(prefix: str, keys: list[CheckpointKey]) -> list[np.ndarray]:
@@ -177,7 +186,7 @@ def read_only(graph: Graph, handle: str, library: Mapping[str, FunctionDef], liv
         node = graph.nodes[user]
         if port == -1 or (live is not None and user not in live):
             continue
-        if node.op in _READS:
+        if node.op in _READS or (node.op in _GATES and read_only(graph, user, library, live)):
             continue
         if node.op not in _CALLERS:
             return False
@@ -214,6 +223,9 @@ def demote(graph: Graph, handles: Mapping[str, tf.DType], library: dict[str, Fun
                 continue
             if node.op in _CALLERS:
                 callers.setdefault(user, {})[index - _CALLERS[node.op]] = dtype
+            elif node.op in _GATES:
+                node.attr["T"].type = dtype.as_datatype_enum
+                demote(graph, {user: dtype}, library)
             elif node.op in _READS:
                 _demote_read(graph, node, dtype)
     for user, arguments in callers.items():
@@ -259,8 +271,9 @@ def _demote_call(node: NodeDef, arguments: Mapping[int, tf.DType], library: dict
                 signature.signature.input_arg[index].type = dtype.as_datatype_enum
                 signature.signature.input_arg[index].ClearField("handle_data")
             for output in signature.signature.output_arg:
-                if original.ret[output.name] in names:
-                    output.type = names[original.ret[output.name]].as_datatype_enum
+                if body.outputs[output.name] in names:
+                    output.type = names[body.outputs[output.name]].as_datatype_enum
+                    output.ClearField("handle_data")
             func.name = new_function_name(func.name, library)
             library[func.name] = function_def(body, signature, func.name, library)
     for key in ("T", "Tin"):
