@@ -27,12 +27,12 @@ EXTRAS = {
 # A formatter or a type checker of another version finds other faults: these two are pinned.
 EXTRAS["test"] = [*EXTRAS["digits"], "mypy==2.4.1", "pytest>=8,<10", "ruff==0.17.6"]
 
-SCRIPTS = {
-    "tfopt-optimize": "optimize",
-    "tfopt-inspect": "inspect_model",
-    "tfopt-compare": "compare",
-    "tfopt-run-tflite": "run_tflite",
-}
+COMMANDS = [
+    "tfopt-optimize = pipelines.optimize:run",
+    "tfopt-inspect = pipelines.inspect_model:run",
+    "tfopt-compare = pipelines.compare:run",
+    "tfopt-run-tflite = pipelines.run_tflite:main",
+]
 
 setup(
     name="tfopt",
@@ -45,5 +45,5 @@ setup(
     package_data={"tfopt": ["**/*.j2", "py.typed"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": [f"{command} = pipelines.{module}:run" for command, module in SCRIPTS.items()]},
+    entry_points={"console_scripts": COMMANDS},
 )
