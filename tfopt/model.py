@@ -153,11 +153,11 @@ def load(path: str | Path, signatures: list[str] | None = None) -> Model:
       TfoptError: not a SavedModel, damaged, an op that is not registered, or an unknown signature; one line each.
     """
     directory = Path(path)
-    meta = _read_meta_graph(directory)
+    meta = read_meta_graph(directory)
     total = len(meta.graph_def.node) + sum(len(f.node_def) for f in meta.graph_def.library.function)
     kept = _choose_signatures(meta, signatures, directory)
     prefix = str(directory / "variables" / "variables")
-    assets = _assets(meta)
+    assets = list(meta.asset_file_def)
     try:
         captured = object_graph_keys(meta, prefix)
     except (tf.errors.OpError, ValueError, KeyError, IndexError, DecodeError, RuntimeError) as error:
@@ -200,7 +200,7 @@ def load(path: str | Path, signatures: list[str] | None = None) -> Model:
         directory=directory,
         tags=list(meta.meta_info_def.tags),
         original_nodes=total,
-        origin=_origin(meta),
+        origin=origin(meta),
         unused=sorted(in_checkpoint - used),
     )
     for name, index in zip(tables, range(len(handles), len(values), 2), strict=True):
@@ -212,7 +212,12 @@ def load(path: str | Path, signatures: list[str] | None = None) -> Model:
     return model
 
 
-def _read_meta_graph(directory: Path) -> MetaGraphDef:
+def read_meta_graph(directory: Path) -> MetaGraphDef:
+    """Reads the graph that serves, as it was saved; its assets are in `asset_file_def`, also where it is of TF 1.
+
+    Raises:
+      TfoptError: not a SavedModel, or damaged.
+    """
     file = directory / "saved_model.pb"
     if not directory.exists():
         raise TfoptError(f"{directory}: no such file or directory")
@@ -232,22 +237,18 @@ def _read_meta_graph(directory: Path) -> MetaGraphDef:
     candidates = serving or list(saved.meta_graphs)
     if not candidates:
         raise TfoptError(f"{file}: holds no MetaGraph; it is empty or damaged")
-    return min(candidates, key=lambda meta: len(meta.meta_info_def.tags))
+    meta = min(candidates, key=lambda meta: len(meta.meta_info_def.tags))
+    if not meta.asset_file_def and "saved_model_assets" in meta.collection_def:
+        for packed in meta.collection_def["saved_model_assets"].any_list.value:
+            packed.Unpack(meta.asset_file_def.add())
+    return meta
 
 
-def _origin(meta: MetaGraphDef) -> str:
+def origin(meta: MetaGraphDef) -> str:
+    """What wrote a SavedModel, in words."""
     version = meta.meta_info_def.tensorflow_version or "unknown version"
     kind = "TF 2 SavedModel" if meta.HasField("object_graph_def") else "TF 1 SavedModel"
     return f"{kind} written by TensorFlow {version}"
-
-
-def _assets(meta: MetaGraphDef) -> list[AssetFileDef]:
-    """The asset files, moved from the collection where TF 1 kept them to the field that they have now."""
-    if not meta.asset_file_def:
-        for packed in meta.collection_def["saved_model_assets"].any_list.value:
-            asset = meta.asset_file_def.add()
-            packed.Unpack(asset)
-    return list(meta.asset_file_def)
 
 
 def _choose_signatures(meta: MetaGraphDef, wanted: list[str] | None, directory: Path) -> dict[str, SignatureDef]:
