@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
 
 from tfopt.errors import TfoptError
@@ -86,23 +87,23 @@ def _repoint(model: Model, renamed: Mapping[str, str]) -> None:
         pending = callers
     fresh = set(renamed.values())
     for name in fresh:
-        for node in model.functions[name].node_def:
-            _rename_calls(node, renamed)
-    for node in model.graph.nodes.values():
-        _rename_calls(node, renamed)
+        rename_calls(model.functions[name].node_def, renamed)
+    rename_calls(model.graph.nodes.values(), renamed)
 
 
-def _calls(node: Any, names: Mapping[str, str]) -> bool:
+def _calls(node: NodeDef, names: Mapping[str, str]) -> bool:
     return any(
         (attr.HasField("func") and attr.func.name in names) or any(f.name in names for f in attr.list.func)
         for attr in node.attr.values()
     )
 
 
-def _rename_calls(node: Any, renamed: Mapping[str, str]) -> None:
-    for attr in node.attr.values():
-        for func in [attr.func] if attr.HasField("func") else list(attr.list.func):
-            func.name = renamed.get(func.name, func.name)
+def rename_calls(nodes: Iterable[NodeDef], renamed: Mapping[str, str]) -> None:
+    """Replaces function names in the attributes of nodes, in place."""
+    for node in nodes:
+        for attr in node.attr.values():
+            for func in [attr.func] if attr.HasField("func") else list(attr.list.func):
+                func.name = renamed.get(func.name, func.name)
 
 
 def optimize_in_process(model: Model, optimizers: list[str], **toggles: int) -> None:
@@ -129,7 +130,7 @@ def optimize_in_process(model: Model, optimizers: list[str], **toggles: int) -> 
 
 
 # Every technique is a module of this package that defines PASS.
-NAMES = ("prune_graph", "merge_duplicates", "fold_constants", "fold_affine")
+NAMES = ("prune_graph", "merge_duplicates", "fold_constants", "fold_shapes", "fold_affine")
 
 
 def get(name: str) -> Pass:

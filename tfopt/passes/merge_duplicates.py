@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+from tensorflow.core.framework.function_pb2 import FunctionDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
-from tfopt.graph import Graph, op_def, split
+from tfopt.graph import Graph, called_functions, op_def, split
 from tfopt.model import Model
-from tfopt.passes import Pass, for_each_body
+from tfopt.passes import Pass, for_each_body, rename_calls
 from tfopt.rewrite import Log, Refused, remove_node
 
 _COMMUTE = ("Add", "AddV2", "Mul", "Maximum", "Minimum", "LogicalAnd", "LogicalOr", "Equal", "NotEqual")
@@ -18,7 +19,62 @@ _NEVER = ("Switch", "Merge", "Enter", "Exit", "NextIteration", "LoopCond", "NoOp
 
 def run(model: Model, log: Log) -> None:
     """Merges duplicates in the main body and in every function, in place."""
+    _share_inputs(model, log)
+    _merge_functions(model, log)
     for_each_body(model, lambda graph: _merge(graph, log))
+
+
+def _share_inputs(model: Model, log: Log) -> None:
+    """Lets signatures feed one Placeholder where they have an input of one name, dtype and shape.
+
+    A call feeds the inputs of one signature, so the others' do not matter; and only then is what two signatures compute
+    in the same way, as those of a Keras export do, the same node.
+    """
+    graph = model.graph
+    shared: dict[tuple, str] = {}
+    for signature in model.signatures.values():
+        taken: set[str] = set()
+        for name, info in sorted(signature.inputs.items()):
+            if info.WhichOneof("encoding") != "name" or not info.name.endswith(":0"):
+                continue
+            node = graph.producer(info.name)
+            key = (name, node.op, tuple(node.input), *(v.SerializeToString() for _, v in sorted(node.attr.items())))
+            kept = shared.setdefault(key, node.name)
+            if kept != node.name and kept not in taken and not graph.control_inputs(node):
+                graph.redirect(node.name, kept)
+                graph.redirect_control(node.name, [kept])
+                info.name = f"{kept}:0"
+                log.applied["input shared by signatures"] += 1
+            taken.add(kept)
+    fed = {split(info.name)[0] for s in model.signatures.values() for info in s.inputs.values()}
+    composite = any(i.WhichOneof("encoding") != "name" for s in model.signatures.values() for i in s.inputs.values())
+    if not composite:
+        for name in [name for name in graph.arguments if name not in fed and not graph.users(name)]:
+            graph.arguments.remove(name)
+            graph.remove(name)
+
+
+def _merge_functions(model: Model, log: Log) -> None:
+    """Points calls of functions that differ in name alone to the first of them; callees are merged before callers."""
+    while True:
+        first: dict[bytes, str] = {}
+        same: dict[str, str] = {}
+        for name in model.called():
+            body = FunctionDef()
+            body.CopyFrom(model.functions[name])
+            body.signature.name = ""
+            kept = first.setdefault(body.SerializeToString(deterministic=True), name)
+            if kept != name:
+                same[name] = kept
+        if not same:
+            return
+        log.applied["duplicate function"] += len(same)
+        rename_calls(model.graph.nodes.values(), same)
+        for name in model.called():
+            if any(callee in same for node in model.functions[name].node_def for callee in called_functions(node)):
+                model.functions[name] = FunctionDef.FromString(model.functions[name].SerializeToString())
+                rename_calls(model.functions[name].node_def, same)
+        model.functions = {name: model.functions[name] for name in model.called()}
 
 
 def _merge(graph: Graph, log: Log) -> int:

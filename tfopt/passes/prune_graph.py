@@ -6,11 +6,20 @@ edges from what has no effect, nodes that reach no result, functions that nothin
 
 from __future__ import annotations
 
-from tfopt.graph import Graph, split
+from tensorflow.core.framework.function_pb2 import FunctionDef
+
+from tfopt.graph import Graph, called_functions, op_def, split
 from tfopt.model import Model
 from tfopt.passes import Pass, for_each_body
 from tfopt.rewrite import Log, apply, has_effect
 from tfopt.rules import identities, noise
+
+_STATELESS = {
+    "If": "StatelessIf",
+    "While": "StatelessWhile",
+    "Case": "StatelessCase",
+    "StatefulPartitionedCall": "PartitionedCall",
+}
 
 _RULES = (*identities.RULES, *noise.RULES)
 _SWITCHES = ("Switch", "RefSwitch", "Merge", "RefMerge", "Enter", "Exit", "NextIteration", "LoopCond")
@@ -19,8 +28,11 @@ _SWITCHES = ("Switch", "RefSwitch", "Merge", "RefMerge", "Enter", "Exit", "NextI
 def run(model: Model, log: Log) -> None:
     """Prunes the main body and every function, in place."""
 
+    library = {function.signature.name: function for function in model.library()}
+
     def prune(graph: Graph) -> int:
-        changed = _drop_control_edges(graph, log)
+        changed = _mark_stateless(graph, library, log)
+        changed += _drop_control_edges(graph, log)
         changed += apply(_RULES, graph, log)
         changed += _split_identity_n(graph, log)
         changed += _drop_control_edges(graph, log)
@@ -34,6 +46,30 @@ def run(model: Model, log: Log) -> None:
         model.graph.keep.remove(model.init)
         model.init = None
         model.graph.sweep()
+
+
+def _mark_stateless(graph: Graph, library: dict[str, FunctionDef], log: Log) -> int:
+    """Control flow whose functions hold no stateful op is itself stateless, and says so."""
+    count = 0
+    for node in graph.nodes.values():
+        if node.op in _STATELESS and not any(_is_stateful(name, library) for name in called_functions(node)):
+            node.op = _STATELESS[node.op]
+            count += 1
+    if count:
+        log.applied["control flow without state"] += count
+    return count
+
+
+def _is_stateful(function: str, library: dict[str, FunctionDef]) -> bool:
+    for node in library[function].node_def:
+        definition = op_def(node.op)
+        if node.op in library or definition is None:
+            return True
+        if definition.is_stateful and node.op not in _STATELESS:
+            return True
+        if any(_is_stateful(name, library) for name in called_functions(node)):
+            return True
+    return False
 
 
 def _split_identity_n(graph: Graph, log: Log) -> int:
