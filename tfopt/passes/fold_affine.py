@@ -23,9 +23,10 @@ from tfopt.rules.absorb import HANDLERS, is_bias
 from tfopt.rules.activations import protected
 from tfopt.rules.affine import AFFINE_OPS, BATCH_NORMS, Unit, View
 from tfopt.rules.coefficients import canonical, divide
-from tfopt.rules.commit import Shared, commit
+from tfopt.rules.commit import Shared, agrees, commit
 from tfopt.rules.emit import BIAS_ADD_OPS, remove_identity, settle_bias
 from tfopt.rules.layer_norm import RULES, is_fused_layer_norm
+from tfopt.rules.linear import refine_shapes
 from tfopt.rules.plan import SCALE, SHIFT, Plan, search
 
 # Every move takes an affine node away, so the sweeps end by themselves; this bounds them whatever happens.
@@ -48,10 +49,12 @@ def fold_affine(graph: Graph, library: Iterable[FunctionDef], log: Log) -> int:
     Returns:
       How many rewrites were made.
     """
+    View(graph, {}).fold_expressions()
     edits = apply(RULES, graph, log)
     for key in [key for key in log.refused if key[0] in {rule.name for rule in RULES}]:
         del log.refused[key]  # a product that is no layer norm is nothing to report
     view = View(graph, infer_shapes(graph, library), protected(graph))
+    refine_shapes(view)
     folder = _Folder(view, log)
     # Weights stay shared while that is possible; only then are small ones copied.
     edits += folder.sweep(0)
@@ -77,6 +80,7 @@ def leftovers(graph: Graph, shapes: Mapping[str, Shape]) -> list[tuple[str, str]
       GELU or hard swish are part of the activation, and are not counted.
     """
     view = View(graph, shapes, protected(graph))
+    refine_shapes(view)
     found = []
     for node in graph.nodes.values():
         unit = view.unit(node)
@@ -183,8 +187,9 @@ class _Folder:
             plans = [plan]
             for name in partners:
                 unit = self._unit(name, plan.kind)
-                if unit is not None:
-                    plans.append(self._plan(unit, plan.kind, way))
+                partner = None if unit is None else self._plan(unit, plan.kind, way)
+                if partner is not None and all(agrees(known, partner) for known in plans):
+                    plans.append(partner)
             if len(plans) == 1:
                 raise
             self._allowance -= commit(plans, allowance=self._allowance)
@@ -208,7 +213,7 @@ def _ends(plan: Plan) -> str:
     ops = sorted({graph.nodes[name].op for name in names})
     if not ops:
         ops = sorted({graph.nodes[name].op for name in plan.units if name != plan.goal})
-    return " + ".join(ops) or "nothing"
+    return " + ".join(ops) or "cancels"
 
 
 def _settle(view: View, log: Log) -> int:

@@ -1,10 +1,11 @@
 """Constants that are part of an activation, and stay: runtimes fuse the activation only while it looks like this.
 
-    GELU        0.5 * x * (1 + erf(x * sqrt(1/2))),  0.5 * x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 * x^3)))
+    GELU        0.5 * x * erfc(-x * sqrt(1/2)),  0.5 * x * (1 + erf(x * sqrt(1/2))),
+                0.5 * x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 * x^3)))
     hard swish  x * relu6(x + 3) * (1/6)
 
-TensorFlow Lite has no Erf: it runs the exact GELU only when its converter recognises it. Moving one of these constants
-into a neighbouring layer would save a node here and lose the kernel there.
+TensorFlow Lite has no Erf or Erfc: it runs the exact GELU only when its converter recognises it. Moving one of these
+constants into a neighbouring layer would save a node here and lose the kernel there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def protected(graph: Graph) -> dict[str, str]:
     """Node -> why its constants stay."""
     found: dict[str, str] = {}
     for node in graph.nodes.values():
-        if node.op in ("Erf", "Tanh"):
+        if node.op == "Erfc":
+            found.update(_gelu_by_erfc(graph, node))
+        elif node.op in ("Erf", "Tanh"):
             found.update(_gelu(graph, node))
         elif node.op == "Relu6":
             found.update(_hard_swish(graph, node))
@@ -48,6 +51,20 @@ def _constant_nodes(graph: Graph, names: Iterable[str], ops: tuple[str, ...]) ->
 
 def _producers(graph: Graph, node: NodeDef) -> list[str]:
     return [graph.producer(ref).name for ref in graph.data_inputs(node)]
+
+
+def _gelu_by_erfc(graph: Graph, curve: NodeDef) -> dict[str, str]:
+    inner = graph.producer(curve.input[0])
+    parts, seen = {}, [inner]
+    for _ in range(2):  # the negation may stand before or after the factor, or have been folded into it
+        if seen[-1].op == "Neg" or _constant_nodes(graph, [seen[-1].name], _PRODUCTS):
+            parts[seen[-1].name] = GELU
+            varying = [ref for ref in graph.data_inputs(seen[-1]) if graph.constant(ref) is None]
+            seen.append(graph.producer(varying[0]))
+    for name in graph.users(curve.name):
+        near = [name, *_producers(graph, graph.nodes[name]), *graph.users(name)]
+        parts.update((n.name, GELU) for n in _constant_nodes(graph, near, ("Mul",)) if _number(graph, n) == 0.5)
+    return parts if len(parts) > 1 else {}
 
 
 def _gelu(graph: Graph, curve: NodeDef) -> dict[str, str]:

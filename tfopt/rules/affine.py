@@ -30,6 +30,9 @@ IDENTITIES = frozenset(("Identity", "Snapshot", "StopGradient", "PreventGradient
 # Constant expressions are evaluated this deep: a batch norm's chain has 8 ops.
 MAX_DEPTH = 24
 
+# Larger expressions are left to constant folding, which weighs what the model would gain.
+MAX_EXPRESSION_BYTES = 65536
+
 
 _UNSET = AttrValue()
 
@@ -39,25 +42,29 @@ def attr(node: NodeDef, key: str) -> AttrValue:
     return node.attr.get(key, _UNSET)
 
 
-def _reshape(a: np.ndarray, shape: np.ndarray) -> np.ndarray:
-    return a.reshape(tuple(shape.ravel()))
+def _squeeze(node: NodeDef, a: np.ndarray) -> np.ndarray:
+    return np.squeeze(a, tuple(attr(node, "squeeze_dims").list.i) or None)
 
 
 # Ops of constant expressions; float results keep the dtype of their operands, as TensorFlow's would.
 _CONSTANT_OPS: dict[str, Callable[..., np.ndarray]] = {
-    "Identity": lambda a: a,
-    "Mul": np.multiply,
-    "Add": np.add,
-    "AddV2": np.add,
-    "Sub": np.subtract,
-    "RealDiv": np.true_divide,
-    "Neg": np.negative,
-    "Sqrt": np.sqrt,
-    "Rsqrt": lambda a: (1 / np.sqrt(a, dtype=np.float64)).astype(a.dtype),
-    "Square": np.square,
-    "Reshape": _reshape,
-    "ExpandDims": lambda a, axis: np.expand_dims(a, int(axis)),
-    "Transpose": np.transpose,
+    "Identity": lambda node, a: a,
+    "Mul": lambda node, a, b: np.multiply(a, b),
+    "Add": lambda node, a, b: np.add(a, b),
+    "AddV2": lambda node, a, b: np.add(a, b),
+    "Sub": lambda node, a, b: np.subtract(a, b),
+    "RealDiv": lambda node, a, b: np.true_divide(a, b),
+    "Neg": lambda node, a: np.negative(a),
+    "Cast": lambda node, a: a.astype(tf.as_dtype(attr(node, "DstT").type).as_numpy_dtype),
+    "Sqrt": lambda node, a: np.sqrt(a),
+    "Rsqrt": lambda node, a: (1 / np.sqrt(a, dtype=np.float64)).astype(a.dtype),
+    "Square": lambda node, a: np.square(a),
+    "Reshape": lambda node, a, shape: a.reshape(tuple(shape.ravel())),
+    "ExpandDims": lambda node, a, axis: np.expand_dims(a, int(axis)),
+    "Squeeze": _squeeze,
+    "Transpose": lambda node, a, order: np.transpose(a, order),
+    "Pack": lambda node, *parts: np.stack(parts, attr(node, "axis").i),
+    "ConcatV2": lambda node, *parts: np.concatenate(parts[:-1], int(parts[-1])),
 }
 
 
@@ -154,7 +161,7 @@ class View:
                         break
                 else:
                     with np.errstate(all="ignore"):
-                        value = np.asarray(compute(*operands))
+                        value = np.asarray(compute(node, *operands))
         self._values[ref] = value
         return value
 
@@ -169,6 +176,19 @@ class View:
         if attr(node, "T").type not in FLOATS and (unit.scales or unit.shifts):
             return None
         return unit
+
+    def fold_expressions(self) -> None:
+        """Writes small constant expressions as constants, so that rules see them as such."""
+        for node in list(self.graph.nodes.values()):
+            if not node.input or self.value(node.name) is not None:
+                continue
+            for index, ref in enumerate(self.graph.data_inputs(node)):
+                value = self.value(ref)
+                if value is None or self.graph.constant(ref) is not None or value.nbytes > MAX_EXPRESSION_BYTES:
+                    continue
+                self.graph.set_input(node.name, index, self.add_constant(split(ref)[0], value))
+        self.graph.sweep()
+        self.forget()
 
     def _elementwise(self, node: NodeDef) -> Unit | None:
         refs = self.graph.data_inputs(node)

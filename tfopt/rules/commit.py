@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from tfopt.graph import join, split
+from tfopt.graph import Graph, join, split
 from tfopt.rewrite import Refused
 from tfopt.rules.absorb import affine_of, is_bias
 from tfopt.rules.affine import BATCH_NORMS, Unit, View, attr, is_one
@@ -53,6 +53,7 @@ def commit(plans: Sequence[Plan], *, allowance: int = 0, same_count: bool = Fals
     """
     view = plans[0].view
     _check_disjoint(plans)
+    _check_users(plans, allowance)
     written: dict[Edge, np.ndarray] = {}
     edits: list[Edit] = []
     for plan in plans:
@@ -66,6 +67,21 @@ def commit(plans: Sequence[Plan], *, allowance: int = 0, same_count: bool = Fals
     return growth
 
 
+def agrees(plan: Plan, other: Plan) -> bool:
+    """Whether two plans can be carried out together and need the same values of the constants that they share."""
+    try:
+        _check_disjoint([plan, other])
+        own, others = _new_constants(plan), _new_constants(other)
+    except Refused:
+        return False
+    nodes = plan.graph.nodes
+    for (name, index), array in others.items():
+        for (at, position), known in own.items():
+            if nodes[name].input[index] == nodes[at].input[position] and not np.array_equal(array, known):
+                return False
+    return True
+
+
 def _check_disjoint(plans: Sequence[Plan]) -> None:
     seen: set[object] = set()
     for plan in plans:
@@ -75,10 +91,44 @@ def _check_disjoint(plans: Sequence[Plan]) -> None:
         seen |= touched
 
 
+def _check_users(plans: Sequence[Plan], allowance: int) -> None:
+    """Refuses early, before anything is computed, where weights have users that no plan changes.
+
+    Raises:
+      Shared: at least those would have to be kept beside the new ones.
+    """
+    graph = plans[0].graph
+    edges = {edge for plan in plans for edge in _edges(plan)}
+    growth = 0
+    sources: dict[str, str] = {}
+    for name, index in edges:
+        source = split(graph.nodes[name].input[index])[0]
+        others = [user for user, i, _ in graph.uses(source) if (user, i) not in edges]
+        value = plans[0].view.value(graph.nodes[name].input[index])
+        if others and source not in sources and value is not None:
+            sources[source] = others[0]
+            growth += value.nbytes
+    if growth > allowance:
+        raise Shared(_grows(graph, next(iter(sources.values())), growth), list(sources))
+
+
+def _edges(plan: Plan) -> list[Edge]:
+    """The constant operands that a plan replaces."""
+    forms = [(name, linear(plan.view, plan.graph.nodes[name])) for name in plan.linears]
+    return [*plan.constants, *((name, form.w) for name, form in forms if form is not None)]
+
+
+def _grows(graph: Graph, user: str, growth: int) -> str:
+    op = graph.nodes[user].op
+    return f"{op} {user!r} uses the weights too: a copy would grow the model by {growth} bytes"
+
+
 def _new_constants(plan: Plan) -> dict[Edge, np.ndarray]:
     """The new values of constant operands and weights, in their dtype."""
+    if plan.written is not None:
+        return plan.written
     view, graph = plan.view, plan.graph
-    written: dict[Edge, np.ndarray] = {}
+    plan.written = written = {}
     for (name, index), k in plan.constants.items():
         old = view.value(graph.nodes[name].input[index])
         assert old is not None
@@ -168,9 +218,7 @@ def _shared(
             sources.append(source)
             users.append(others[0] if others else arrays[1][1][0][0])
     if growth > allowance:
-        other = graph.nodes[users[0]]
-        reason = f"{other.op} {other.name!r} uses the weights too: a copy would grow the model by {growth} bytes"
-        raise Shared(reason, sources)
+        raise Shared(_grows(graph, users[0], growth), sources)
     return shared, growth
 
 

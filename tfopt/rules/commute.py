@@ -177,11 +177,35 @@ def _check_blocks(node: NodeDef, k: np.ndarray) -> None:
         raise Refused("it varies along an axis that the op mixes")
 
 
+# -- powers ----------------------------------------------------------------------------------------------------------
+
+
+def _power(exponent: float) -> Unary:
+    """(k * x)^p = k^p * x^p: for k >= 0, but a square may also take a negative k."""
+
+    def forward(plan: Plan, node: NodeDef, k: np.ndarray) -> np.ndarray:
+        return _raised_to(k, exponent)
+
+    def backward(plan: Plan, node: NodeDef, k: np.ndarray) -> np.ndarray:
+        return _raised_to(k, 1 / exponent)
+
+    return Unary(forward, backward, (SCALE,), why="a shift does not pass a power")
+
+
+def _raised_to(k: np.ndarray, exponent: float) -> np.ndarray:
+    if exponent not in (2, -1) and (k < 0).any():
+        raise Refused(f"the scale is negative in {int((k < 0).sum())} of {k.size} channels")
+    with np.errstate(all="ignore"):
+        return np.power(k, exponent)
+
+
 # -- the table -------------------------------------------------------------------------------------------------------
 
 
 def _indifferent(plan: Plan, node: NodeDef) -> None:
-    """Ops that look only at the shape of their operand."""
+    """Ops that look only at the shape of their operand; what they compute from it is fixed."""
+    if plan.result(node) is not None and not (plan.kind == SCALE and node.op == "ZerosLike"):
+        raise Refused(f"a {plan.kind} does not pass back")
 
 
 def _pad(plan: Plan, node: NodeDef) -> None:
@@ -227,6 +251,10 @@ UNARY: dict[str, Handler] = {
         Unary(_keep, _keep, (SCALE,), positive=True, why="a shift does not pass a non-linearity"),
     ),
     **dict.fromkeys(("Reshape", "Squeeze", "ExpandDims"), Unary(_reshape_forward, _reshape_backward)),
+    "Square": _power(2),
+    "Sqrt": _power(0.5),
+    "Rsqrt": _power(-0.5),
+    "Reciprocal": _power(-1),
     "Transpose": Unary(_transposed(False), _transposed(True)),
     **dict.fromkeys(("AvgPool", "AvgPool3D"), _window_of(SCALE, SHIFT)),
     **dict.fromkeys(("MaxPool", "MaxPool3D"), _window_of(SCALE, SHIFT, positive=True)),

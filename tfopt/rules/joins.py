@@ -143,27 +143,19 @@ def multiply(plan: Plan, node: NodeDef) -> None:
     _product(plan, node, _lift(plan, node), _drop(plan, node), node.op != "Mul")
 
 
-def _square(plan: Plan, node: NodeDef) -> None:
-    """Square(k * x) = k^2 * Square(x), and likewise for the difference of two."""
-    if plan.kind == SHIFT:
+def _squared_difference(plan: Plan, node: NodeDef) -> None:
+    """(k * a - k * b)^2 = k^2 * (a - b)^2, and (a + t) - (b + t) = a - b."""
+    first, second = plan.operand(node, 0), plan.operand(node, 1)
+    k = first if first is not None else second
+    if k is None:
+        raise Refused("a scale does not pass back through the difference of two")
+    index = 0 if first is not None else 1
+    wide = _lift(plan, node)(index, k)
+    if plan.kind == SCALE:
+        plan.give_result(node, times(wide, wide))
+    elif plan.result(node) is not None:
         raise Refused("a shift does not pass a square")
-    operands = _operands(plan, node)
-    known = next((index for index in operands if plan.operand(node, index) is not None), None)
-    k_out = plan.result(node)
-    if known is None and k_out is not None:
-        if (k_out < 0).any():
-            raise Refused(f"the scale is negative in {int((k_out < 0).sum())} of {k_out.size} channels")
-        plan.give_operand(node, 0, _drop(plan, node)(0, np.sqrt(k_out)))
-        known = 0
-    if known is None:
-        return
-    root = plan.operand(node, known)
-    if root is None:  # a constant of zeros took it
-        raise Refused("its operand is zero")
-    wide = _lift(plan, node)(known, root)
-    plan.give_result(node, times(wide, wide))
-    for index in operands:
-        plan.give_operand(node, index, _drop(plan, node)(index, wide))
+    plan.give_operand(node, 1 - index, _drop(plan, node)(1 - index, wide))
 
 
 def matrix_product(plan: Plan, node: NodeDef) -> None:
@@ -285,8 +277,7 @@ JOINS: dict[str, Handler] = {
     **dict.fromkeys(("Select", "SelectV2"), _select),
     "AddN": _sum,
     "DivNoNan": multiply,
-    "Square": _square,
-    "SquaredDifference": _square,
+    "SquaredDifference": _squared_difference,
 }
 
 # Handlers of tensors for ops that are affine units where one operand is constant.

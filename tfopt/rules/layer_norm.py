@@ -3,8 +3,9 @@
     x * inv + (beta - mean * inv)  with inv = r * gamma   ->   ((x - mean) * r) * gamma + beta
 
 Four full-size ops become two where gamma and beta then fold into what follows. TF2 Keras writes beta - mean * inv,
-Keras 3 writes (-mean) * inv + beta. tf_keras may also normalise by a FusedBatchNorm in training mode over reshaped
-data, with ones and zeros in place of gamma and beta: that one is a layer norm too, and not a batch norm in training mode.
+Keras 3 writes (-mean) * inv + beta, of which TensorFlow's optimizer may add the two products first. tf_keras may also
+normalise by a FusedBatchNorm in training mode over reshaped data, with ones and zeros in place of gamma and beta: that
+one is a layer norm too, and not a batch norm in training mode.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ RULES = (
         Op(_SUMS, (_SCALED, Op(_SUMS, (_NEGATIVE, Const("beta")), name="rest", commutes=True)), commutes=True),
         _reassociate,
     ),
-    Rule("layer norm without shift", Op(_SUMS, (_SCALED, _NEGATIVE), commutes=True), _reassociate),
+    Rule("layer norm without shift", Op((*_SUMS, "AddN"), (_SCALED, _NEGATIVE), commutes=True), _reassociate),
     Rule("layer norm without shift", Op("Sub", (_SCALED, _CENTRE)), _reassociate),
 )
 

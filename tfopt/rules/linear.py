@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
-from tfopt.graph import Shape
+from tfopt.graph import Shape, join, split
 from tfopt.rewrite import Refused
 from tfopt.rules.affine import FLOATS, View, attr
 from tfopt.rules.coefficients import along, canonical, divide, times, varying, vector_of
@@ -74,6 +74,19 @@ def linear(view: View, node: NodeDef) -> Linear | None:
         assert x is not None
         return _product(view, node, x, w, weights)
     return _convolution(view, node, weights)
+
+
+def refine_shapes(view: View) -> None:
+    """Fills in the channels of matrices whose shape is computed at run time: the weights that they meet tell."""
+    for node in view.graph.nodes.values():
+        if node.op == "MatMul" and len(node.input) >= 2:
+            weights, shape = view.shape(node.input[1]), view.shape(node.input[0])
+            if weights is None or shape is None or len(weights) != 2 or len(shape) != 2:
+                continue
+            axis = 0 if attr(node, "transpose_a").b else 1
+            if shape[axis] is None:
+                size = weights[1 if attr(node, "transpose_b").b else 0]
+                view.shapes[join(*split(node.input[0]))] = (*shape[:axis], size, *shape[axis + 1 :])
 
 
 def new_weights(form: Linear, old: np.ndarray, k_in: np.ndarray | None, k_out: np.ndarray | None) -> np.ndarray:

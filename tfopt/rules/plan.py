@@ -23,7 +23,7 @@ from tfopt.rules.affine import View
 from tfopt.rules.coefficients import canonical, divide, same
 
 # An affine travels through at most this many nodes, so that planning is linear in the size of the graph.
-MAX_NODES = 96
+MAX_NODES = 256
 
 # Choices (which branch of a sum takes a shift) are tried in at most this many combinations.
 MAX_TRIES = 8
@@ -45,6 +45,8 @@ class Plan:
       linears: linear nodes whose weights change.
       units: affine nodes whose constants change.
       biases: linear node -> bias to be added after it.
+      choices: what was chosen so far, out of how many.
+      written: the new constants of a finished plan, once they have been computed.
     """
 
     def __init__(self, view: View, kind: str, goal: str, handlers: Mapping[str, Handler], script: Iterable[int] = ()):
@@ -58,6 +60,7 @@ class Plan:
         self.units: dict[str, None] = {goal: None}
         self.biases: dict[str, np.ndarray] = {}
         self.choices: list[tuple[int, int]] = []
+        self.written: dict[tuple[str, int], np.ndarray] | None = None
         self._handlers = handlers
         self._script = list(script)
         self._chosen: dict[str, int] = {}
@@ -197,18 +200,10 @@ class Plan:
 # Nodes with several operands or results are asked last: by then, what is known of them is known.
 LATE = frozenset(
     (
-        *("Concat", "ConcatV2", "Pack", "Split", "SplitV", "Unpack", "AddN", "Add", "AddV2", "Sub", "Mul", "RealDiv"),
-        *(
-            "Maximum",
-            "Minimum",
-            "Select",
-            "SelectV2",
-            "MatMul",
-            "BatchMatMul",
-            "BatchMatMulV2",
-            "BatchMatMulV3",
-            "Einsum",
-        ),
+        *("Concat", "ConcatV2", "Pack", "Split", "SplitV", "Unpack"),
+        *("AddN", "Add", "AddV2", "Sub", "Mul", "RealDiv", "DivNoNan", "SquaredDifference"),
+        *("Maximum", "Minimum", "Select", "SelectV2"),
+        *("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum"),
     )
 )
 
