@@ -14,7 +14,7 @@ from tensorflow.core.protobuf.meta_graph_pb2 import AssetFileDef, MetaGraphDef, 
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
 from tfopt.errors import TfoptError, one_line
-from tfopt.graph import WEIGHT_ELEMENTS, Graph, called_functions, make_node, split
+from tfopt.graph import WEIGHT_ELEMENTS, Graph, called_functions, const_node, make_node, split
 from tfopt.inline import INIT_SIGNATURE, TRAIN_SIGNATURE, inline, tensor_names
 from tfopt.variables import (
     CheckpointKey,
@@ -169,6 +169,9 @@ def load(path: str | Path, signatures: list[str] | None = None) -> Model:
     except (tf.errors.OpError, ValueError, KeyError, IndexError, RuntimeError) as error:
         raise TfoptError(f"{directory / 'saved_model.pb'}: the graph is damaged: {one_line(error)}") from error
 
+    for asset in assets:
+        if Path(asset.filename).is_absolute() or ".." in Path(asset.filename).parts:
+            raise TfoptError(f"{directory}: asset {asset.filename!r} lies outside the SavedModel; refused")
     asset_nodes = [split(asset.tensor_info.name)[0] for asset in assets]
     keep = [name for name in (inlined.init, inlined.restore) if name]
     inputs = [split(t)[0] for s in kept.values() for i in s.inputs.values() for _, t in tensor_names(i)]
@@ -272,11 +275,14 @@ def _choose_signatures(meta: MetaGraphDef, wanted: list[str] | None, directory: 
 
 
 def _split_weights(model: Model, values: dict[str, np.ndarray], keys: dict[str, CheckpointKey]) -> None:
-    """Makes weights of the restored variables that are only read, and state of the others."""
+    """Makes weights of the restored variables that are only read (constants of strings), and state of the others."""
     graph = model.graph
-    weights = {name for name in values if read_only(graph, name, model.functions)}
+    weights = [name for name in values if read_only(graph, name, model.functions)]
     for name in weights:
+        if keys[name].dtype == tf.string:
+            graph.replace(const_node(name, values[name]))
+            continue
         graph.replace(make_node(name, "Placeholder", dtype=keys[name].dtype, shape=tuple(values[name].shape)))
         graph.weights[name] = values[name]
-    demote(graph, {name: keys[name].dtype for name in sorted(weights)}, model.functions)
+    demote(graph, {name: keys[name].dtype for name in weights}, model.functions)
     model.state = {name: value for name, value in values.items() if name not in weights}

@@ -17,7 +17,7 @@ from tfopt import metrics, passes, recipe, runtime, sources
 from tfopt.assess import Assessment, assess
 from tfopt.data import Dataset, load
 from tfopt.environment import describe
-from tfopt.errors import TfoptError
+from tfopt.errors import TfoptError, one_line
 from tfopt.export import saved_model, tflite
 from tfopt.export.fixed_batch import fix_batch
 from tfopt.model import Model
@@ -185,9 +185,9 @@ def run_pass(model: Model, name: str, options: dict[str, Any], verifier: Verifie
     try:
         chosen.run(rewritten, log, **options)
         rewritten.check()
-    except (ValueError, KeyError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # whatever a pass or TensorFlow's optimizers raise, the model before it is sound
         logging.debug("pass %s failed", name, exc_info=True)
-        problem = f"the pass failed: {type(error).__name__}: {error}"
+        problem = f"the pass failed: {type(error).__name__}: {one_line(error)}"
     step = Step(
         name=name,
         options=options,

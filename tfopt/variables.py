@@ -211,7 +211,7 @@ def demote(graph: Graph, handles: Mapping[str, tf.DType], library: dict[str, Fun
     """Turns handles into plain values, in place: reads become Identity, gathers from a variable gathers from a tensor.
 
     Args:
-      graph: the body; the node of every handle must already be a Placeholder of the value's dtype.
+      graph: the body; the node of every handle must already give the value.
       handles: node name -> dtype of the value.
       library: gets rewritten branches and loop bodies under new names.
     """

@@ -9,15 +9,20 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfopt import composite
 from tfopt.data import Dataset, TensorSpec, load, probes
 from tfopt.errors import TfoptError
 from tfopt.feature_spec import feature_spec
 from tfopt.function import Function
 from tfopt.inline import tensor_names
 from tfopt.model import Model
+from tfopt.random_inputs import Draw
 
 # Bound on max|a - b| / max|a| by the dtype of the output. What is no float must be equal.
-BOUNDS = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}
+BOUNDS = {
+    **{"float64": 1e-4, "float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3},
+    **{"complex128": 1e-4, "complex64": 1e-4},
+}
 
 _ROWS = 3  # random rows: enough to show a batch that leaks, few enough for large models
 _DATA_ROWS = 16  # real rows
@@ -78,15 +83,16 @@ def difference(expected: Mapping[str, np.ndarray], received: Mapping[str, np.nda
             continue
         if not a.size:
             continue
-        a, b = a.astype(np.float64), b.astype(np.float64)
+        wide = np.complex128 if a.dtype.kind == "c" else np.float64
+        a, b = a.astype(wide), b.astype(wide)
         finite = np.isfinite(a)
         same_elsewhere = np.array_equal(a[~finite], b[~finite], equal_nan=True)
         if not np.array_equal(finite, np.isfinite(b)) or not same_elsewhere:
             broken = broken or f"output {name!r} differs where it is not finite"
             absolute = relative = float("inf")
             continue
-        error = float(np.max(np.abs(a - b), where=finite, initial=0.0))
-        scale = float(np.max(np.abs(a), where=finite, initial=0.0))
+        error = float(np.max(np.abs(a[finite] - b[finite]), initial=0.0))
+        scale = float(np.max(np.abs(a[finite]), initial=0.0))
         ratio = error / scale if scale else (0.0 if error == 0 else float("inf"))
         absolute, relative = max(absolute, error), max(relative, ratio)
         if ratio > bound:
@@ -161,10 +167,16 @@ def inputs_for(model: Model, data: str | None, seed: int, run: Callable[[str, di
 def _accepted(
     model: Model, signature: str, specs: dict[str, TensorSpec], seed: int, run: Callable[[str, dict], object]
 ) -> Dataset:
-    spec = features(model, signature)
+    spec, definition = features(model, signature), model.signatures[signature]
     failure: TfoptError | None = None
     for guess in _GUESSES:
-        dataset = probes(specs, seed, feature_spec=spec, **{"rows": _ROWS, **guess})
+        guess = {"rows": _ROWS, **guess}
+        dataset = probes(specs, seed, feature_spec=spec, **guess)
+        if whole := composite.names(definition):
+            draw = Draw(np.random.default_rng(seed), guess.get("int_high", 10))
+            dtypes = {key: wanted.dtype for key, wanted in specs.items()}
+            parts = composite.probes(definition, dtypes, draw, guess["rows"], guess.get("size", 8))
+            dataset = Dataset({**dataset.inputs, **parts}, None, dataset.source, dataset.whole | whole)
         try:
             run(signature, dataset.inputs)
             return dataset
