@@ -38,7 +38,6 @@ class Candidate:
     directory: str | None = None
     notes: list[str] = field(default_factory=list)
     refusals: dict[str, list[str]] = field(default_factory=dict)  # node -> why tfopt left it
-    steps: list[dict] = field(default_factory=list)  # what tfopt's passes took
 
     @property
     def bytes(self) -> int:
@@ -162,7 +161,6 @@ def tfopt(directory: str, out_dir: str, signature: str | None = None) -> Candida
     serving_dir, report = tfopt_optimized(directory, out_dir)
     candidate = serving(serving_dir, signature)
     for step in report.steps:
-        candidate.steps.append({"name": step.name, "seconds": step.seconds, "nodes": step.nodes_after})
         if step.status == "undone":
             candidate.notes.append(f"{step.name} was undone: {step.notes[-1]}")
         for refusal in step.refused:
