@@ -14,7 +14,7 @@ from tfopt.passes import Pass, for_each_body, rename_calls
 from tfopt.rewrite import Log, Refused, remove_node
 
 _COMMUTE = ("Add", "AddV2", "Mul", "Maximum", "Minimum", "LogicalAnd", "LogicalOr", "Equal", "NotEqual")
-_NEVER = ("Switch", "Merge", "Enter", "Exit", "NextIteration", "LoopCond", "NoOp", "Placeholder", "TensorListReserve")
+_NEVER = ("Switch", "Merge", "Enter", "Exit", "NextIteration", "LoopCond", "NoOp", "Placeholder")
 
 
 def run(model: Model, log: Log) -> None:
