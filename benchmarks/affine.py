@@ -46,8 +46,10 @@ _ADDITIONS = {"Add", "AddV2", "BiasAdd", "BiasAddV1", "Sub"}
 _SCALINGS = {"Mul", "Div", "RealDiv"}
 _IDENTITIES = {"Identity", "Snapshot", "StopGradient", "PreventGradient", "CheckNumerics", "ReadVariableOp"}
 _KEEP_EXTENT = _IDENTITIES | {"Cast", "Reshape", "ExpandDims", "Squeeze", "Transpose", "Rsqrt", "Sqrt", "Square"}
-_KEEP_EXTENT |= {"Neg", "Reciprocal", "Inv", "Exp", "Log", "Softplus"}
-_ELEMENTWISE = {"Add", "AddV2", "Sub", "Mul", "Div", "RealDiv", "Maximum", "Minimum", "Pow", "BiasAdd"}
+_KEEP_EXTENT |= {"Neg", "Reciprocal", "Inv", "Exp", "Log", "Softplus", "Abs", "LogicalNot", "ZerosLike", "OnesLike"}
+_ELEMENTWISE = {"Add", "AddV2", "Sub", "Mul", "Div", "RealDiv", "DivNoNan", "Maximum", "Minimum", "Pow", "BiasAdd"}
+_ELEMENTWISE |= {"Equal", "NotEqual", "Greater", "GreaterEqual", "Less", "LessEqual", "Select", "SelectV2"}
+_ELEMENTWISE |= {"LogicalAnd", "LogicalOr", "SquaredDifference"}
 _SHAPE_CHANGES = {"Identity", "Reshape", "Squeeze", "ExpandDims", "Transpose", "BatchToSpaceND", "Snapshot"}
 _FLOATS = {1, 2, 14, 19}  # float32, float64, bfloat16, float16
 

@@ -12,6 +12,7 @@ it: what TensorFlow itself takes to load the SavedModel in a v1 session and run 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import tempfile
@@ -148,7 +149,7 @@ def recipe_steps(source: str, directory: str) -> dict[str, float]:
         marks.append((f"{index} {name}, {step.status}", time.perf_counter()))
     saved_model.save(model, Path(directory))
     marks.append(("save", time.perf_counter()))
-    return {name: end - start for (_, start), (name, end) in zip(marks, marks[1:], strict=False)}
+    return {name: end - start for (_, start), (name, end) in itertools.pairwise(marks)}
 
 
 def _measure(size: int) -> dict:
@@ -199,10 +200,9 @@ def main() -> None:
     if arguments.measure is not None:
         output.write_text(json.dumps(_measure(arguments.measure)))
         return
-    print(
-        "| nodes | nodes after | affine nodes before, after | error | time | time ratio | peak memory | memory ratio |"
-    )
-    print("|---" * 8 + "|")
+    titles = ["nodes", "nodes after", "affine nodes before, after", "error", "time", "time ratio", "CPU time"]
+    titles += ["CPU ratio", "peak memory", "memory ratio", "TensorFlow's load and first run, before, after"]
+    print(f"| {' | '.join(titles)} |\n" + "|---" * len(titles) + "|")
     results: dict[str, dict] = {}
     previous: dict = {}
     for size in (int(x) for x in arguments.sizes.split(",")):
