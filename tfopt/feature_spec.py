@@ -77,7 +77,7 @@ def _broadcast(default: np.ndarray | None, shape: list[int]) -> Any:
 def _value(graph: Graph, ref: str) -> np.ndarray | None:
     """A constant, also one that waits for something by a control edge, as inlined constants do."""
     node = graph.producer(ref)
-    while node.op == "Identity":
+    while node.op in ("Identity", "Reshape"):  # tf.io.parse_example reshapes defaults
         node = graph.producer(node.input[0])
     return tf.make_ndarray(node.attr["value"].tensor) if node.op == "Const" else None
 
