@@ -24,12 +24,15 @@ def fix_batch(model: Model, batch: int) -> Model:
     fixed = model.copy()
     for signature in fixed.signatures.values():
         for info in signature.inputs.values():
-            for _, tensor in tensor_names(info):
+            for component, tensor in tensor_names(info):
+                if component:  # the rows of a component are values, not examples
+                    continue
                 shape = fixed.graph.producer(tensor).attr["shape"].shape
                 if shape.unknown_rank or not shape.dim:
                     shape = info.tensor_shape
-                if not shape.unknown_rank and shape.dim and shape.dim[0].size < 0:
-                    known = [batch, *(d.size for d in shape.dim[1:])]
+                if not shape.unknown_rank and shape.dim:  # fixed already where another signature has the same input
+                    first = shape.dim[0].size
+                    known = [batch if first < 0 else first, *(d.size for d in shape.dim[1:])]
                     proto = tf.TensorShape([None if d < 0 else d for d in known]).as_proto()
                     fixed.graph.producer(tensor).attr["shape"].shape.CopyFrom(proto)
                     info.tensor_shape.CopyFrom(proto)

@@ -23,6 +23,7 @@ from tfopt.model import Model
 # the price of a larger saved_model.pb, which cannot exceed 2 GiB (docs/serving.md has the measurement).
 MAX_CONSTANT_BYTES = 512 << 20
 
+_LARGEST_GRAPH = (2 << 30) - (64 << 20)  # a saved_model.pb, with room for its nodes
 _SLICE_BYTES = 256 << 20  # one SaveV2 call holds a copy of everything that it writes
 _CONTROL_FLOW = ("If", "While", "Case", "StatelessIf", "StatelessWhile", "StatelessCase")
 
@@ -33,28 +34,29 @@ def save(model: Model, directory: str | Path, *, max_constant_bytes: int = MAX_C
     Args:
       model: the model; left as it is.
       directory: where saved_model.pb, variables/, assets/ and assets.extra/ go. The caller makes it appear atomically.
-      max_constant_bytes: the smallest weights become constants until this many bytes are reached; the others become
-        variables.
+      max_constant_bytes: the smallest weights become constants until this many bytes, or what one saved_model.pb can
+        hold, are reached; the others become variables.
 
     Raises:
       FileExistsError: the directory exists.
     """
     directory = Path(directory)
     (directory / "variables").mkdir(parents=True)
-    constants = _choose_constants(model.weights, max_constant_bytes)
+    constants = _choose_constants(model.weights, min(max_constant_bytes, _LARGEST_GRAPH))
     graph = model.graph.copy()
-    for name in constants:
-        value = graph.weights[name]
-        graph.replace(const_node(name, value))
-    variables = _add_variables(graph, {n: w for n, w in model.weights.items() if n not in constants})
+    state = {name: graph.nodes[name].attr["shared_name"].s.decode() or name for name in model.state}
+    variables = _add_variables(
+        graph, {n: w for n, w in model.weights.items() if n not in constants}, set(state.values())
+    )
     values = {key: model.weights[key] for key in variables.values()}
     for name, value in model.state.items():
-        variables[name] = _variable_key(graph, name)
+        variables[name] = _free(state[name], {*model.weights, *values})
         values[variables[name]] = value
     for name, pair in model.tables.items():
         values |= {f"{name}/keys": pair[0], f"{name}/values": pair[1]}
 
-    meta = MetaGraphDef()
+    saved = SavedModel(saved_model_schema_version=1)
+    meta = saved.meta_graphs.add()
     meta.meta_info_def.tags.extend(model.tags or ["serve"])
     meta.meta_info_def.tensorflow_version = tf.version.VERSION
     meta.meta_info_def.tensorflow_git_version = tf.version.GIT_VERSION
@@ -73,11 +75,13 @@ def save(model: Model, directory: str | Path, *, max_constant_bytes: int = MAX_C
     if model.init:
         meta.collection_def["saved_model_main_op"].node_list.value.append(model.init)
     meta.graph_def.CopyFrom(graph.to_graph_def(model.library()))
+    for node in meta.graph_def.node:
+        if node.name in constants:  # only now, since every copy of the graph would copy the values too
+            node.CopyFrom(const_node(node.name, model.weights[node.name]))
     for holder in (meta.graph_def.node, *(f.node_def for f in meta.graph_def.library.function)):
         for node in holder:
             if node.op in _CONTROL_FLOW:
                 node.attr["_lower_using_switch_merge"].b = True
-    saved = SavedModel(saved_model_schema_version=1, meta_graphs=[meta])
     (directory / "saved_model.pb").write_bytes(saved.SerializeToString(deterministic=True))
     _write_checkpoint(directory / "variables", values)
     if model.assets:
@@ -98,29 +102,33 @@ def _choose_constants(weights: dict[str, np.ndarray], budget: int) -> set[str]:
     return chosen
 
 
-def _add_variables(graph: Graph, weights: dict[str, np.ndarray]) -> dict[str, str]:
-    """Makes each weight a read of a variable; returns handle node name -> checkpoint key."""
+def _add_variables(graph: Graph, weights: dict[str, np.ndarray], taken: set[str]) -> dict[str, str]:
+    """Makes each weight a read of a variable; returns handle node name -> checkpoint key.
+
+    Handles of one shared name are one variable: a weight's must not be among the `taken` ones, those of the state.
+    """
     for name, value in weights.items():
         dtype = tf.as_dtype(value.dtype)
+        shared = _free(name, taken)
         handle = graph.add_op(
-            f"{name}/handle", "VarHandleOp", (), dtype=dtype, shape=tuple(value.shape), shared_name=name
+            f"{name}/handle", "VarHandleOp", (), dtype=dtype, shape=tuple(value.shape), shared_name=shared
         )
         graph.replace(make_node(name, "ReadVariableOp", [handle], dtype=dtype))
     return {split(graph.nodes[name].input[0])[0]: name for name in weights}
 
 
-def _variable_key(graph: Graph, handle: str) -> str:
-    return graph.nodes[handle].attr["shared_name"].s.decode() or handle
+def _free(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _add_saver(
     meta: MetaGraphDef, graph: Graph, variables: dict[str, str], values: dict[str, np.ndarray], model: Model
 ) -> None:
     """Adds save and restore ops, and the collections by which loaders find variables."""
-    filename = graph.add_op(
-        "save/filename", "PlaceholderWithDefault", [graph.add(const_node("save/model", np.array(b"model")))],
-        dtype=tf.string, shape=(),
-    )  # fmt: skip
+    default = graph.add(const_node(graph.unique_name("save/model"), np.array(b"model")))
+    filename = graph.add_op("save/filename", "PlaceholderWithDefault", [default], dtype=tf.string, shape=())
     restores, reads = [], []
     trainable = {name for name, value in model.weights.items() if value.dtype.kind == "f"}
     for handle, key in variables.items():
