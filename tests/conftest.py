@@ -72,6 +72,21 @@ def plain_module(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """A function from the name of a model in tests/origins.py to its SavedModel, which is written once."""
+    from tests.origins import ORIGINS
+
+    root = tmp_path_factory.mktemp("origins")
+
+    def path(name: str) -> Path:
+        if not (root / name).exists():
+            ORIGINS[name].build(root / name)
+        return root / name
+
+    return path
+
+
 def randomise_batch_norms(model, seed: int = 0) -> None:
     """Give every batch norm of a Keras model statistics, scales and shifts that a wrong fold would show.
 
