@@ -26,6 +26,7 @@ Outputs = dict[str, np.ndarray]
 SESSION = "v1 session"  # what TensorFlow Serving does
 PYTHON = "tf.saved_model.load"
 LITERT = "ai_edge_litert"
+PLAIN = "ai_edge_litert without XNNPACK"  # where the delegate cannot prepare the file
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Program(ABC):
 
     Attributes:
         path: where it came from.
-        loader: SESSION, PYTHON or LITERT.
+        loader: SESSION, PYTHON, LITERT or PLAIN.
         signatures: by name.
     """
 

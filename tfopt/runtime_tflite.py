@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from ai_edge_litert.interpreter import Interpreter
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from tfopt.data import STRING, TensorSpec
 from tfopt.errors import TfoptError
-from tfopt.runtime import LITERT, Outputs, Program, Signature, one_line
+from tfopt.runtime import LITERT, PLAIN, Outputs, Program, Signature, one_line
 
 
 class LiteProgram(Program):
@@ -18,10 +18,8 @@ class LiteProgram(Program):
 
     def __init__(self, path: str, threads: int | None):
         super().__init__(path)
-        self.loader = LITERT
         try:
-            self._interpreter = Interpreter(model_path=path, num_threads=threads)
-            self._interpreter.allocate_tensors()
+            self.loader, self._interpreter = _load(path, threads)
         except (RuntimeError, ValueError) as error:
             raise TfoptError(f"{path} does not load: {_reason(error)}") from error
         self._runners: dict[str, Any] = {}
@@ -86,6 +84,20 @@ def dequantize(array: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
     """The inverse of `quantize`."""
     scale, zero_point = detail["quantization"]
     return (array.astype(np.float32) - np.float32(zero_point)) * np.float32(scale) if scale else array
+
+
+def _load(path: str, threads: int | None) -> tuple[str, Any]:
+    interpreter = Interpreter(model_path=path, num_threads=threads)
+    try:
+        interpreter.allocate_tensors()
+        return LITERT, interpreter
+    except RuntimeError as error:
+        if "XNNPack" not in str(error):
+            raise
+    plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    interpreter = Interpreter(model_path=path, num_threads=threads, experimental_op_resolver_type=plain)
+    interpreter.allocate_tensors()
+    return PLAIN, interpreter
 
 
 def _reason(error: Exception) -> str:

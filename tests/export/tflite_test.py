@@ -140,6 +140,32 @@ def test_control_flow_converts(tmp_path):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_recurrent_layer_converts_with_its_loop(tmp_path):
+    """Keras exports its states with an unknown batch, which the converter refuses until it is told that it is 1."""
+    import keras
+
+    from tfopt import model
+    from tfopt.export import saved_model
+    from tfopt.export.fixed_batch import fix_batch
+
+    keras.utils.set_random_seed(0)
+    steps = keras.Input((10, 8), name="x")
+    keras.Model(steps, keras.layers.Dense(4)(keras.layers.LSTM(16)(steps))).export(tmp_path / "keras", verbose=False)
+    saved_model.save(fix_batch(model.load(tmp_path / "keras", ["serving_default"]), 1), tmp_path / "m")
+    made = _convert(tmp_path / "m", tmp_path / "out", "float32", "dynamic_int8", signatures=())
+    assert any("the batch of 1" in note for note in made["float32"].notes)
+    assert any("XNNPACK delegate of ai_edge_litert cannot prepare it" in n for n in made["dynamic_int8"].notes)
+    x = np.random.default_rng(0).normal(size=(5, 10, 8)).astype("f4")
+    with runtime.open(tmp_path / "keras") as original:
+        (want,) = original.run("serving_default", {"x": x}).values()
+    for name, tolerance in (("float32", 1e-5), ("dynamic_int8", 0.03)):
+        with runtime.open(made[name].path) as program:
+            assert program.loader == (runtime.LITERT if name == "float32" else runtime.PLAIN)
+            (got,) = program.run("serving_default", {"x": x}).values()
+        np.testing.assert_allclose(got, want, atol=tolerance)
+
+
 def test_a_file_with_nothing_to_quantize_is_an_error_line(tmp_path):
     made = _convert(_build(tmp_path / "m", "weightless"), tmp_path / "out", "float32", "dynamic_int8")
     assert made["float32"].error is None

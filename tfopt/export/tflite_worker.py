@@ -46,18 +46,15 @@ def _convert(job: Mapping[str, Any]) -> list[str]:
     converter = tf.lite.TFLiteConverter.from_saved_model(
         job["saved_model"], signature_keys=job["signatures"], tags=["serve"]
     )
-    select = [tf.lite.OpsSet.SELECT_TF_OPS] if job["select"] else []
-    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS, *select]
-    if job["name"] == "float32":
-        Path(job["path"]).write_bytes(_run(converter))
-        return []
-    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+    if job["name"] != "float32":
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
     if job["name"] == "float16":
         converter.target_spec.supported_types = [tf.float16]
     elif job["name"] == "dynamic_int8":
         # Per channel, a dense layer becomes FULLY_CONNECTED version 12, which runtimes before TF 2.17 cannot load.
         converter._experimental_disable_per_channel_quantization_for_dense_layers = not job["per_channel_dense"]
-    else:
+    elif job["name"] == "int8":
         rows = _rows(job)
         many = len(job["signatures"]) > 1
         converter.representative_dataset = lambda: (
@@ -67,14 +64,38 @@ def _convert(job: Mapping[str, Any]) -> list[str]:
         if job["io_type"] == "int8":
             converter.inference_input_type = converter.inference_output_type = tf.int8
         try:
-            Path(job["path"]).write_bytes(_run(converter))
-            return []
+            return _write(converter, job)
         except TfoptError:
             # An op without an integer kernel: leave it in float. What is left is named from the file itself.
             converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8, tf.lite.OpsSet.TFLITE_BUILTINS]
-            converter.target_spec.supported_ops += select
-    Path(job["path"]).write_bytes(_run(converter))
-    return []
+    return _write(converter, job)
+
+
+def _write(converter: Any, job: Mapping[str, Any]) -> list[str]:
+    """Converts and writes the file; returns notes."""
+    notes = []
+    try:
+        content = _run(converter)
+    except TfoptError as error:
+        if "TensorList" in str(error) and _single_batch(job):
+            # Keras gives the states of a recurrent layer an unknown batch, whatever the batch of the input.
+            converter._experimental_default_to_single_batch_in_tensor_list_ops = True
+            notes = ["unknown dimensions of the states of loops were taken as the batch of 1"]
+        elif not job["select"]:
+            raise
+        if job["select"]:
+            import tensorflow as tf
+
+            converter.target_spec.supported_ops += [tf.lite.OpsSet.SELECT_TF_OPS]
+        content = _run(converter)
+    Path(job["path"]).write_bytes(content)
+    return notes
+
+
+def _single_batch(job: Mapping[str, Any]) -> bool:
+    with runtime.open(job["saved_model"]) as program:
+        specs = [spec for key in job["signatures"] for spec in program.signatures[key].inputs.values()]
+    return all(spec.shape is not None and spec.shape[:1] in ((), (1,)) for spec in specs)
 
 
 def _run(converter: Any) -> bytes:
@@ -129,6 +150,10 @@ def _examine(job: Mapping[str, Any]) -> dict[str, Any]:
     facts["rows"] = sum(map(len, rows.values()))
     ratios = []
     with runtime.open(job["path"]) as made, runtime.open(job["float32"]) as base:
+        if made.loader == runtime.PLAIN:
+            facts["notes"].append(
+                "the XNNPACK delegate of ai_edge_litert cannot prepare it; it runs without, and slower"
+            )
         for key in job["signatures"]:
             if made.signatures[key].inputs.keys() != base.signatures[key].inputs.keys():
                 raise TfoptError(f"signature '{key}' lost inputs: it has {sorted(made.signatures[key].inputs)}")
