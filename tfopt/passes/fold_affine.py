@@ -58,7 +58,8 @@ def fold_affine(graph: Graph, library: Iterable[FunctionDef], log: Log) -> int:
     folder = _Folder(view, log)
     # Weights stay shared while that is possible; only then are small ones copied.
     edits += folder.sweep(0)
-    edits += folder.sweep(MAX_GROWTH_BYTES)
+    if folder.waits:
+        edits += folder.sweep(MAX_GROWTH_BYTES)
     edits += _settle(view, log)
     for node in graph.nodes.values():
         if view.trains(node) and not is_fused_layer_norm(graph, node):
@@ -110,6 +111,11 @@ class _Folder:
         self.reasons: dict[str, str] = {}
         self._allowance = 0
         self._waiting: dict[tuple[str, str, str], list[str]] = {}
+
+    @property
+    def waits(self) -> bool:
+        """Whether a move of the last sweep was refused because others use the weights."""
+        return bool(self._waiting)
 
     def sweep(self, allowance: int) -> int:
         """Moves what can be moved; returns how many moves were made.

@@ -17,7 +17,7 @@ from tfopt.rules.affine import AFFINE_OPS, Unit, View, is_one, is_zero, shifted
 from tfopt.rules.coefficients import canonical, divide, same, times, vector_of
 from tfopt.rules.commute import BIAS_PASSES, UNARY
 from tfopt.rules.joins import JOINS, SUM, matrix_product, multiply
-from tfopt.rules.linear import LINEAR_OPS, PRODUCTS, Linear, linear
+from tfopt.rules.linear import GATHERS, LINEAR_OPS, PRODUCTS, Linear, linear
 from tfopt.rules.plan import SCALE, Handler, Plan, ratio
 
 
@@ -94,7 +94,7 @@ def is_bias(view: View, unit: Unit) -> bool:
     for _ in range(8):
         node = view.graph.producer(ref)
         if node.op in LINEAR_OPS:
-            return linear(view, node) is not None
+            return node.op not in GATHERS and linear(view, node) is not None
         if node.op not in BIAS_PASSES:
             return False
         ref = node.input[0]

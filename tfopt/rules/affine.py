@@ -30,6 +30,9 @@ IDENTITIES = frozenset(("Identity", "Snapshot", "StopGradient", "PreventGradient
 # Constant expressions are evaluated this deep: a batch norm's chain has 8 ops.
 MAX_DEPTH = 24
 
+# Steps for unusually long travels, in all.
+RESERVE = 20_000
+
 # Larger expressions are left to constant folding, which weighs what the model would gain.
 MAX_EXPRESSION_BYTES = 65536
 
@@ -112,13 +115,16 @@ class View:
       graph: the body.
       shapes: reference -> static shape, kept up to date by those who add nodes.
       protected: node -> why its constants must stay as they are.
+      reserve: how many steps are left for affines that travel unusually far.
     """
 
     def __init__(self, graph: Graph, shapes: Mapping[str, Shape], protected: Mapping[str, str] | None = None):
         self.graph = graph
         self.shapes = dict(shapes)
         self.protected = protected or {}
+        self.reserve = RESERVE
         self._values: dict[str, np.ndarray | None] = {}
+        self._units: dict[tuple[str, ...], Unit | None] = {}
         self._written: dict[tuple, str] = {}
 
     def add_constant(self, hint: str, array: np.ndarray) -> str:
@@ -134,6 +140,7 @@ class View:
     def forget(self) -> None:
         """Drops what was evaluated: to be called when nodes have gone, whose names may be used again."""
         self._values.clear()
+        self._units.clear()
         self._written.clear()
 
     def shape(self, ref: str) -> Shape:
@@ -169,6 +176,12 @@ class View:
         """The node as an affine unit; None if it is not one. Identities are recognised in every dtype."""
         if node.op not in AFFINE_OPS:
             return None
+        key = (node.name, node.op, *node.input)
+        if key not in self._units:
+            self._units[key] = self._read(node)
+        return self._units[key]
+
+    def _read(self, node: NodeDef) -> Unit | None:
         with np.errstate(all="ignore"):
             unit = self._batch_norm(node) if node.op in BATCH_NORMS else self._elementwise(node)
         if unit is None or not (np.isfinite(unit.scale).all() and np.isfinite(unit.shift).all()):

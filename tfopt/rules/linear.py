@@ -269,8 +269,9 @@ def _product(view: View, node: NodeDef, x: int, w: int, weights: np.ndarray) -> 
         return None
 
     def of_shift(values: np.ndarray, t: np.ndarray) -> np.ndarray:
-        missing = [label for label in of_x if label not in of_w and label not in of_out]
-        if missing:
+        shape = view.shape(node.input[x])
+        summed = [axis for axis, label in enumerate(of_x) if label not in of_w and label not in of_out]
+        if any(shape is None or shape[axis] != 1 for axis in summed):
             raise Refused("it sums over an axis that the weights do not have")
         if t.ndim not in (0, len(of_x)):
             raise Refused("its rank is not that of the operand")

@@ -22,8 +22,10 @@ from tfopt.rewrite import Refused
 from tfopt.rules.affine import View
 from tfopt.rules.coefficients import canonical, divide, same
 
-# An affine travels through at most this many nodes, so that planning is linear in the size of the graph.
-MAX_NODES = 256
+# An affine travels through this many nodes, and on while the reserve of its graph lasts (one for all its affines), to
+# the maximum: so planning is linear in the size of the graph, and a small graph is searched in full.
+USUAL_NODES = 64
+MAX_NODES = 512
 
 # Choices (which branch of a sum takes a shift) are tried in at most this many combinations.
 MAX_TRIES = 8
@@ -165,8 +167,10 @@ class Plan:
         while self._queue or self._late:
             name, source = self._queue.popleft() if self._queue else self._late.popleft()
             self._solved += 1
-            if self._solved > MAX_NODES:
-                raise Refused(f"it would have to travel through more than {MAX_NODES} nodes")
+            if self._solved > USUAL_NODES:
+                self.view.reserve -= 1
+                if self.view.reserve < 0 or self._solved > MAX_NODES:
+                    raise Refused(f"it would have to travel through more than {self._solved - 1} nodes")
             node = self.graph.nodes[name]
             if name in self.view.protected:
                 raise Refused(f"{node.op} {name!r} is {self.view.protected[name]}")
