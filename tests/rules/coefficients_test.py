@@ -83,7 +83,7 @@ def test_a_reshape_with_an_unknown_batch():
     assert regrouped(k, (None, 2, 3, 4), (None, 24)).shape == (1, 24)
     assert regrouped(along(np.arange(1, 5), 1, 2), (None, 4), (None, 2, 3, 4)).shape == (1, 1, 1, 4)
     with pytest.raises(Refused, match="unknown size"):
-        regrouped(along([1, 2, 3], 2, 4), (None, None, 3, 4), (None, 12))
+        regrouped(along([1, 2, 3], 2, 4), (None, None, 3, 4), (None, 24))
 
 
 def test_broadcast_operands():
