@@ -38,9 +38,10 @@ class Server:
     Args:
         script: module of the script, for instance "pipelines.optimize".
         preload: modules to import before the first fork.
+        environ: variables to set beside the parent's.
     """
 
-    def __init__(self, script: str, *preload: str):
+    def __init__(self, script: str, *preload: str, environ: dict[str, str] | None = None):
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.forked", script, *preload],
             stdin=subprocess.PIPE,
@@ -48,19 +49,27 @@ class Server:
             stderr=subprocess.DEVNULL,
             text=True,
             cwd=REPO,
-            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"},
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **(environ or {})},
         )
 
-    def run_all(self, cases: list[list[str]], folder: Path, *, timeout: float = 60, jobs: int = 2) -> list[Ended]:
+    @property
+    def pid(self) -> int:
+        """Of the process that forks."""
+        return self._process.pid
+
+    def run_all(
+        self, cases: list[list[str]], folder: Path, *, timeout: float | list[float] = 60, jobs: int = 2
+    ) -> list[Ended]:
         """Runs the script once for every list of flags, `jobs` at a time.
 
         Args:
             cases: flags of each run.
             folder: where their output is kept meanwhile.
-            timeout: seconds for one run.
+            timeout: seconds after which a run is killed; one number, or one for each.
             jobs: how many run at once.
         """
-        request = {"cases": cases, "folder": str(folder), "timeout": timeout, "jobs": jobs}
+        seconds = timeout if isinstance(timeout, list) else [timeout] * len(cases)
+        request = {"cases": cases, "folder": str(folder), "timeout": seconds, "jobs": jobs}
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -102,7 +111,7 @@ def _serve(script: str) -> None:
         while waiting or running:
             while waiting and len(running) < request["jobs"]:
                 index, flags = waiting.pop()
-                running[_fork(script, flags, folder / str(index))] = index, time.monotonic() + request["timeout"]
+                running[_fork(script, flags, folder / str(index))] = index, time.monotonic() + request["timeout"][index]
             for pid, (index, deadline) in list(running.items()):
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
