@@ -436,7 +436,10 @@ def function_def(graph: Graph, original: FunctionDef, name: str, library: Mappin
     for label, ref in graph.outputs.items():
         function.ret[label] = labels[ref]
     for label, kept in original.control_ret.items():
-        function.control_ret[label] = kept
+        if kept in graph.keep:
+            function.control_ret[label] = kept
+    del function.signature.control_output[:]
+    function.signature.control_output.extend(c for c in original.signature.control_output if c in function.control_ret)
     return function
 
 

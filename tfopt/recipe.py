@@ -15,6 +15,7 @@ NAMED: dict[str, list[str | dict[str, Any]]] = {
         "prune_graph",
         "merge_duplicates",
         "fold_constants",
+        "prune_graph",
         "fold_shapes",
         "fold_affine",
         "fold_constants",

@@ -21,6 +21,7 @@ _STATELESS = {
     "StatefulPartitionedCall": "PartitionedCall",
 }
 
+_ROUNDS = 8
 _RULES = (*identities.RULES, *noise.RULES)
 _SWITCHES = ("Switch", "RefSwitch", "Merge", "RefMerge", "Enter", "Exit", "NextIteration", "LoopCond")
 
@@ -28,20 +29,24 @@ _SWITCHES = ("Switch", "RefSwitch", "Merge", "RefMerge", "Enter", "Exit", "NextI
 def run(model: Model, log: Log) -> None:
     """Prunes the main body and every function, in place."""
 
-    library = {function.signature.name: function for function in model.library()}
+    library: dict[str, FunctionDef] = {}
 
     def prune(graph: Graph) -> int:
         changed = _mark_stateless(graph, library, log)
         changed += _drop_control_edges(graph, log)
         changed += apply(_RULES, graph, log)
         changed += _split_identity_n(graph, log)
+        changed += noise.take_out_fills(graph, log)
         changed += _drop_control_edges(graph, log)
         removed = graph.sweep()
         if removed:
             log.applied["unreachable node"] += removed
         return changed + removed
 
-    for_each_body(model, prune)
+    for _ in range(_ROUNDS):  # a body that lost its last effect lets its callers lose theirs
+        library.update((function.signature.name, function) for function in model.library())
+        if not for_each_body(model, prune) or not model.functions:
+            break
     if model.init and not model.graph.nodes[model.init].input:
         model.graph.keep.remove(model.init)
         model.init = None
@@ -101,6 +106,10 @@ def _drop_control_edges(graph: Graph, log: Log) -> int:
         if len(kept) != len(node.input):
             count += len(node.input) - len(kept)
             graph.set_inputs(name, kept)
+    if graph.is_body:  # what a function runs for its effect alone
+        kept_nodes = [name for name in graph.keep if name in effects]
+        count += len(graph.keep) - len(kept_nodes)
+        graph.keep = kept_nodes
     if count:
         log.applied["control edge without effect"] += count
     return count
