@@ -342,6 +342,17 @@ def _evaluation_data(model: Model, options: Options) -> Dataset | None:
     return data
 
 
+def _representative(model: Model, source: str) -> dict[str, Dataset]:
+    """The rows to calibrate on, for every signature that they fit."""
+    rows = {}
+    for name in model.signatures:
+        try:
+            rows[name] = load(source, input_specs(model, name), feature_spec=features(model, name))
+        except TfoptError as error:
+            logging.info("representative data do not fit signature %r: %s", name, error)
+    return rows
+
+
 def _emit(model: Model, verifier: Verifier, workspace: Workspace, options: Options) -> list[Artifact]:
     """Writes the serving model and the TFLite files into the workspace."""
     serving = workspace.path(f"serving/{options.version}")
@@ -355,12 +366,7 @@ def _emit(model: Model, verifier: Verifier, workspace: Workspace, options: Optio
     frozen = workspace.scratch / "device_model"
     device = model.copy() if options.keep_batch else fix_batch(model, 1)
     saved_model.save(device, frozen, max_constant_bytes=1 << 31)
-    representative = None
-    if options.representative_data:
-        representative = {
-            name: load(options.representative_data, input_specs(model, name), feature_spec=features(model, name))
-            for name in [main_signature(model)]
-        }
+    representative = _representative(model, options.representative_data) if options.representative_data else None
     converted = tflite.convert(
         frozen,
         names,
