@@ -56,6 +56,7 @@ def latency(
     threads: int = 2,
     rounds: int = 10,
     timeout: float = 600,
+    calls: Mapping[str, tuple[str, Mapping[str, np.ndarray]]] | None = None,
 ) -> dict[str, Latency]:
     """Times artifacts against each other.
 
@@ -71,6 +72,7 @@ def latency(
         threads: of the runtime.
         rounds: into how many turns the runs are divided.
         timeout: seconds for one turn, or for loading.
+        calls: name -> (signature, inputs) of those that name them otherwise.
 
     Returns:
         Name -> times; one that failed has an `error`, and does not stop the others.
@@ -92,7 +94,8 @@ def latency(
     try:
         for name, path in paths.items():
             children[name] = Child("tfopt.measure:worker")
-            job = {"path": str(path), "signature": signature, "inputs": dict(inputs), "threads": threads}
+            key, arrays = (calls or {}).get(name, (signature, inputs))
+            job = {"path": str(path), "signature": key, "inputs": dict(arrays), "threads": threads}
             if loader := ask(name, {"open": job, "warmup": warmup}):
                 loaders[name] = loader
         for turn in range(-(-runs // per_round)):

@@ -27,7 +27,7 @@ BOUNDS = {
 _ROWS = 3  # random rows: enough to show a batch that leaks, few enough for large models
 _DATA_ROWS = 16  # real rows
 # What to try where a signature leaves shapes and ranges open; the most telling first.
-_GUESSES: tuple[dict[str, Any], ...] = (
+GUESSES: tuple[dict[str, Any], ...] = (
     {"size": 8, "int_high": 10},
     {"size": 8, "int_high": 2},
     {"size": 8, "int_high": 2, "values": (1, 1)},
@@ -169,7 +169,7 @@ def _accepted(
 ) -> Dataset:
     spec, definition = features(model, signature), model.signatures[signature]
     failure: TfoptError | None = None
-    for guess in _GUESSES:
+    for guess in GUESSES:
         guess = {"rows": _ROWS, **guess}
         dataset = probes(specs, seed, feature_spec=spec, **guess)
         if whole := composite.names(definition):
