@@ -117,6 +117,7 @@ def test_dense_layers_load_in_old_runtimes_unless_asked_otherwise(tmp_path, per_
 
     model = _build(tmp_path / "m", "one")
     result = _convert(model, tmp_path, "dynamic_int8", per_channel_dense=per_channel_dense)["dynamic_int8"]
+    assert any("tflite-runtime 2.14 cannot load it" in note for note in result.notes) == per_channel_dense
     codes = schema.ModelT.InitFromPackedBuf(result.path.read_bytes(), 0).operatorCodes
     versions = {code.version for code in codes if code.builtinCode == schema.BuiltinOperator.FULLY_CONNECTED}
     assert max(versions) == version
@@ -265,5 +266,5 @@ def test_keyword_spotting_in_int8_is_as_good_and_smaller_than_the_reference(shar
             accuracy[path.name] = np.mean(program.run("serving_default", rows)["dense"].argmax(axis=1) == labels)
     assert accuracy["saved_model"] == pytest.approx(0.912)
     assert accuracy["int8.tflite"] >= accuracy["saved_model"] - 0.005
-    assert made[0].path.stat().st_size <= (source / "kws_ref_model.tflite").stat().st_size
+    assert made[0].path.stat().st_size < 0.85 * (source / "kws_ref_model.tflite").stat().st_size
     assert not any("left in float" in note for note in made[0].notes)

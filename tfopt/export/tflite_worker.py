@@ -13,8 +13,10 @@ import numpy as np
 
 from tfopt import runtime
 from tfopt.errors import TfoptError
+from tfopt.export.tflite_names import shorten
 
 _PROBE_ROWS = 2
+_OLD_RUNTIME = (2, 14, 0)  # the last tflite-runtime
 
 
 def worker() -> Callable[[dict[str, Any]], Any]:
@@ -88,7 +90,7 @@ def _write(converter: Any, job: Mapping[str, Any]) -> list[str]:
 
             converter.target_spec.supported_ops += [tf.lite.OpsSet.SELECT_TF_OPS]
         content = _run(converter)
-    Path(job["path"]).write_bytes(content)
+    Path(job["path"]).write_bytes(shorten(content))
     return notes
 
 
@@ -129,7 +131,7 @@ def _quantize(job: Mapping[str, Any]) -> list[str]:
             quantization.update_quantization_recipe(".*", end, algorithm_key=quantizer.AlgorithmName.NO_QUANTIZE)
     rows = _rows(job)
     ranges = quantization.calibrate({key: rows[key] for key in job["signatures"]}, num_threads=1)
-    Path(job["path"]).write_bytes(quantization.quantize(ranges).quantized_model)
+    Path(job["path"]).write_bytes(shorten(bytes(quantization.quantize(ranges).quantized_model)))
     return []
 
 
@@ -143,8 +145,12 @@ def _examine(job: Mapping[str, Any]) -> dict[str, Any]:
     model = _Flatbuffer(job["path"])
     facts: dict[str, Any] = {"quantized": model.quantized_weights(), "float_ops": model.float_ops(), "snr": None}
     facts["rows"], facts["notes"] = 0, []
+    if (needed := model.min_runtime()) > _OLD_RUNTIME:
+        facts["notes"] = [f"needs TFLite {'.'.join(map(str, needed))} or newer: tflite-runtime 2.14 cannot load it"]
     if flex := model.select_ops():
-        facts["notes"] = [f"needs the Flex delegate for {', '.join(flex)}; not run here, since ai_edge_litert has none"]
+        facts["notes"] += [
+            f"needs the Flex delegate for {', '.join(flex)}; not run here, since ai_edge_litert has none"
+        ]
         return facts
     rows = _rows(job)
     facts["rows"] = sum(map(len, rows.values()))
@@ -256,6 +262,14 @@ class _Flatbuffer:
                 if name not in ("QUANTIZE", "DEQUANTIZE") and any(subgraph.tensors[i].type in floats for i in ends):
                     found[name if name != "CUSTOM" else code.customCode.decode()] += 1
         return dict(sorted(found.items()))
+
+    def min_runtime(self) -> tuple[int, ...]:
+        """Returns the version that the converter found its ops to need."""
+        for entry in self._model.metadata or []:
+            if entry.name == b"min_runtime_version":
+                text = bytes(self._model.buffers[entry.buffer].data).split(b"\0")[0].decode()
+                return tuple(int(part) for part in text.split(".") if part.isdigit())
+        return ()
 
     def select_ops(self) -> list[str]:
         codes = {(code.customCode or b"").decode() for code in self._model.operatorCodes}
