@@ -228,7 +228,7 @@ def _load_step(model: Model, seconds: float) -> Step:
         applied={
             "node of another function, of saving, restoring or training": model.original_nodes - model.node_count()
         },
-        status="unverified",
+        status="applied",
         notes=[f"not read by any signature, left in the checkpoint: {listed(model.unused)}"] if model.unused else [],
         seconds=seconds,
         summary="reads the signatures, writes out the functions that they call, and leaves everything else behind.",
