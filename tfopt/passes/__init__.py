@@ -106,22 +106,26 @@ def rename_calls(nodes: Iterable[NodeDef], renamed: Mapping[str, str]) -> None:
                 func.name = renamed.get(func.name, func.name)
 
 
-def optimize_in_process(model: Model, optimizers: list[str], **toggles: int) -> None:
+def optimize_in_process(model: Model, optimizers: list[str], keep: Iterable[str] = (), **toggles: int) -> None:
     """Runs graph optimizers of TensorFlow itself over a model, in place; weights are Placeholders to them.
 
     Args:
       model: edited in place.
       optimizers: names as in RewriterConfig.
+      keep: nodes computed from constants alone that must stay as they are.
       **toggles: further fields of RewriterConfig.
     """
     graph = model.graph
     meta = MetaGraphDef()
     meta.graph_def.CopyFrom(graph.to_graph_def(model.library()))
-    keep = dict.fromkeys([*graph.roots(), *graph.arguments])
-    meta.collection_def["train_op"].node_list.value.extend(name for name in keep if name in graph.nodes)
+    kept = dict.fromkeys([*graph.roots(), *graph.arguments, *keep])
+    meta.collection_def["train_op"].node_list.value.extend(name for name in kept if name in graph.nodes)
     result = run_grappler(meta, optimizers, **toggles)
+    nodes = {node.name: node for node in result.node}
+    for name in sorted(graph.reachable(name for name in keep if name in graph.nodes)):  # a preserved node keeps its name, but may have become a constant
+        nodes[name] = graph.nodes[name]
     model.graph = Graph(
-        result.node, graph.outputs, keep=graph.keep, arguments=graph.arguments, weights=dict(graph.weights)
+        nodes.values(), graph.outputs, keep=graph.keep, arguments=graph.arguments, weights=dict(graph.weights)
     )
     model.graph.sweep()
     model.functions.update({f.signature.name: f for f in result.library.function})

@@ -32,23 +32,24 @@ def run(model: Model, log: Log, max_growth_bytes: int = 4096) -> None:
       max_growth_bytes: how much larger a folded value may be than the constants that it makes superfluous.
     """
     while True:
-        _fold_weights(model, log, max_growth_bytes)
+        too_large = _fold_weights(model, log, max_growth_bytes)
         before = model.node_count()
-        optimize_in_process(model, _OPTIMIZERS)
+        optimize_in_process(model, _OPTIMIZERS, keep=too_large)  # it would fold up to 100 KiB
         if model.node_count() < before:
             log.applied["node folded by TensorFlow's optimizer"] += before - model.node_count()
         if not take_constant_branches(model, log):
             break
 
 
-def _fold_weights(model: Model, log: Log, max_growth_bytes: int) -> None:
+def _fold_weights(model: Model, log: Log, max_growth_bytes: int) -> list[str]:
+    """Folds in the main body; returns what must not be folded, because the model would grow."""
     graph = model.graph
     refused: set[str] = set()
     while True:
         constant = _constant_nodes(graph, refused)
         frontier = [n for n in constant if constant[n] and _visible(graph, n, constant)]
         if not frontier:
-            return
+            return sorted(refused)
         cone = Graph([graph.nodes[n] for n in graph.reachable(frontier)], {n: n for n in frontier})
         shapes = infer_shapes(cone)
         growing = [n for n in frontier if _growth(graph, n, constant, shapes) > max_growth_bytes]
@@ -67,6 +68,7 @@ def _fold_weights(model: Model, log: Log, max_growth_bytes: int) -> None:
         graph.set_constant(name, value)
         log.applied["constant expression"] += 1
     graph.sweep()
+    return sorted(refused)
 
 
 def _constant_nodes(graph: Graph, refused: set[str]) -> dict[str, bool]:

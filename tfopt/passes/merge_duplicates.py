@@ -98,8 +98,8 @@ def _merge(graph: Graph, log: Log) -> int:
             continue
         for port in outputs:
             graph.redirect(f"{node.name}:{port}", f"{kept}:{port}")
-        graph.remove(node.name)
         log.applied["duplicate weight" if node.name in graph.weights else f"duplicate {node.op}"] += 1
+        graph.remove(node.name)
         count += 1
     return count
 
