@@ -20,7 +20,8 @@ from tfopt.errors import TfoptError
 
 _CHILD = "TFOPT_CHILD"
 _NATIVE_LOG = re.compile(
-    rb"^(WARNING: All log messages before absl|[IWE]\d{4} \d\d:\d\d|[IWEF]0000 00:00:|\d{4}(-\d\d){2} [\d:]{8}\.\d+: )"
+    rb"^(WARNING: All log messages before absl|INFO: (Created|Initialized) TensorFlow Lite|[IWE]\d{4} \d\d:\d\d|"
+    rb"[IWEF]0000 00:00:|\d{4}(-\d\d){2} [\d:]{8}\.\d+: )"
 )
 
 
@@ -68,18 +69,20 @@ def _how_started() -> list[str]:
 def _pass_on(stream: Any) -> bytes:
     """Copies a stream to standard error but for TensorFlow's native log; returns the last line of that log."""
     last, line = b"", b""
+    crashed = False
     native = False  # whether the last line was of that log; what belongs to one follows it indented by a tab
     while byte := stream.read1(4096):
         line += byte
         *done, line = re.split(rb"(?<=[\r\n])", line)
         for text in done:
             native = bool(_NATIVE_LOG.match(text)) or (native and text.startswith(b"\t"))
-            if not native:
+            crashed = crashed or text.startswith(b"Fatal Python error: ")  # where it was goes on from here
+            if not native and not crashed:
                 sys.stderr.buffer.write(text)
-            elif text[:1] == b"F":
+            elif native and text[:1] == b"F":
                 last = text
         sys.stderr.flush()
-    if line and not _NATIVE_LOG.match(line):
+    if line and not crashed and not _NATIVE_LOG.match(line):
         sys.stderr.buffer.write(line)
         sys.stderr.flush()
     return last
