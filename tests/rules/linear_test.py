@@ -8,8 +8,8 @@ import tensorflow as tf
 
 from tests.affine_graphs import fold, frozen, inputs_of, left_of, ops
 from tfopt.graph import Graph, const_node, infer_shapes, make_node
-from tfopt.rules.affine import View
 from tfopt.rules.linear import linear
+from tfopt.rules.view import View
 
 RNG = np.random.default_rng(11)
 

@@ -21,13 +21,14 @@ from tfopt.passes import Pass, for_each_body
 from tfopt.rewrite import Log, Refused, apply
 from tfopt.rules.absorb import HANDLERS, is_bias
 from tfopt.rules.activations import protected
-from tfopt.rules.affine import AFFINE_OPS, BATCH_NORMS, Unit, View
+from tfopt.rules.affine import AFFINE_OPS, BATCH_NORMS, Unit, trains
 from tfopt.rules.coefficients import canonical, divide
 from tfopt.rules.commit import Shared, agrees, commit
 from tfopt.rules.emit import BIAS_ADD_OPS, remove_identity, settle_bias
 from tfopt.rules.layer_norm import RULES, is_fused_layer_norm
 from tfopt.rules.linear import refine_shapes
 from tfopt.rules.plan import SCALE, SHIFT, Plan, search
+from tfopt.rules.view import View
 
 # Every move takes an affine node away, so the sweeps end by themselves; this bounds them whatever happens.
 MAX_SWEEPS = 8
@@ -49,11 +50,12 @@ def fold_affine(graph: Graph, library: Iterable[FunctionDef], log: Log) -> int:
     Returns:
       How many rewrites were made.
     """
+    library = list(library)
     View(graph, {}).fold_expressions()
     edits = apply(RULES, graph, log)
     for key in [key for key in log.refused if key[0] in {rule.name for rule in RULES}]:
         del log.refused[key]  # a product that is no layer norm is nothing to report
-    view = View(graph, infer_shapes(graph, library), protected(graph))
+    view = View(graph, infer_shapes(graph, library), protected(graph), library)
     refine_shapes(view)
     folder = _Folder(view, log)
     # Weights stay shared while that is possible; only then are small ones copied.
@@ -62,7 +64,7 @@ def fold_affine(graph: Graph, library: Iterable[FunctionDef], log: Log) -> int:
         edits += folder.sweep(MAX_GROWTH_BYTES)
     edits += _settle(view, log)
     for node in graph.nodes.values():
-        if view.trains(node) and not is_fused_layer_norm(graph, node):
+        if trains(node) and not is_fused_layer_norm(graph, node):
             log.notes.append(f"probable bug: batch norm {node.name!r} serves in training mode")
     for name, _ in leftovers(graph, view.shapes):
         log.refused["fold_affine", name] = folder.reasons.get(name, "it cannot move")

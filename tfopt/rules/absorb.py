@@ -13,12 +13,14 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from tfopt.graph import split
 from tfopt.rewrite import Refused
-from tfopt.rules.affine import AFFINE_OPS, Unit, View, is_one, is_zero, shifted
+from tfopt.rules.affine import AFFINE_OPS, Unit, is_one, is_zero, shifted, trains
 from tfopt.rules.coefficients import canonical, divide, same, times, vector_of
 from tfopt.rules.commute import BIAS_PASSES, UNARY
 from tfopt.rules.joins import JOINS, SUM, matrix_product, multiply
 from tfopt.rules.linear import GATHERS, LINEAR_OPS, PRODUCTS, Linear, linear
+from tfopt.rules.loops import LOOPS
 from tfopt.rules.plan import SCALE, Handler, Plan, ratio
+from tfopt.rules.view import View
 
 
 def _linear(plan: Plan, node: NodeDef) -> None:
@@ -108,7 +110,7 @@ def _affine(plan: Plan, node: NodeDef) -> None:
             multiply(plan, node)
         elif node.op in ("Add", "AddV2", "Sub"):
             SUM(plan, node)
-        elif plan.view.trains(node):
+        elif trains(node):
             raise Refused("it normalises by its own batch")
         else:
             raise Refused("its constants are not known")
@@ -177,6 +179,7 @@ def affine_of(plan: Plan, node: NodeDef, unit: Unit) -> tuple[np.ndarray, np.nda
 HANDLERS: dict[str, Handler] = {
     **UNARY,
     **JOINS,
+    **LOOPS,
     **dict.fromkeys(LINEAR_OPS, _linear),
     **dict.fromkeys(AFFINE_OPS, _affine),
 }

@@ -14,11 +14,13 @@ import tensorflow as tf
 from tfopt.graph import Graph, join, split
 from tfopt.rewrite import Refused
 from tfopt.rules.absorb import affine_of, is_bias
-from tfopt.rules.affine import BATCH_NORMS, Unit, View, attr, is_one
+from tfopt.rules.affine import BATCH_NORMS, Unit, is_one
 from tfopt.rules.coefficients import stored, times
+from tfopt.rules.constants import attr
 from tfopt.rules.emit import Edge, Edit, add_bias, check_removable, emit, remove, write
 from tfopt.rules.linear import linear, new_weights
 from tfopt.rules.plan import SCALE, Plan
+from tfopt.rules.view import View
 
 # A shift this much larger than 1 would drown what it is added to, if it were added after a linear op.
 MAX_FORWARD_SHIFT = 256.0
@@ -157,7 +159,7 @@ def _unit_edits(plan: Plan, same_count: bool) -> list[Edit]:
     """
     view, graph = plan.view, plan.graph
     edits: list[Edit] = []
-    before = after = nodes_before = 0
+    before = after = nodes_before = left = 0
     nodes_after = 2 * len(plan.biases)
     for name in plan.units:
         node = graph.nodes[name]
@@ -167,6 +169,7 @@ def _unit_edits(plan: Plan, same_count: bool) -> list[Edit]:
         new = Unit(name, unit.x, scale, shift)
         before, nodes_before = before + _weight(view, unit), nodes_before + _nodes(view, unit, True)
         after, nodes_after = after + _weight(view, new), nodes_after + _nodes(view, new, False)
+        left += (1 if is_one(-new.scale) else _weight(view, new)) - min(_weight(view, unit), 1)
         dtype = tf.as_dtype(attr(node, "T").type).as_numpy_dtype
         rounded = [stored(k, _rounded(k, dtype)) for k in (scale, shift)]
         if new.scales or new.shifts:
@@ -174,7 +177,7 @@ def _unit_edits(plan: Plan, same_count: bool) -> list[Edit]:
         else:
             check_removable(view, name)
             edits.append(remove(view, new))
-    if nodes_after > nodes_before:
+    if nodes_after > nodes_before or left > 0:
         raise Refused("it would take more nodes than it saves")
     if after >= before and not (same_count and after == before):
         raise Refused("as many affine nodes would be left")

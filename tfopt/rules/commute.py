@@ -14,10 +14,13 @@ import numpy as np
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from tfopt.rewrite import Refused
-from tfopt.rules.affine import IDENTITIES, View, attr
 from tfopt.rules.coefficients import canonical, dropped, lifted, regrouped, same, varying
+from tfopt.rules.constants import attr
 from tfopt.rules.plan import SCALE, SHIFT, Handler, Plan
 from tfopt.rules.slices import slice_backward, slice_forward
+from tfopt.rules.view import View
+
+IDENTITIES = frozenset(("Identity", "Snapshot", "StopGradient", "PreventGradient"))
 
 Map = Callable[[Plan, NodeDef, np.ndarray], np.ndarray]
 

@@ -13,8 +13,10 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from tfopt.graph import make_node
 from tfopt.rewrite import Refused, remove_node
-from tfopt.rules.affine import Unit, View, attr, is_one
+from tfopt.rules.affine import Unit, is_one
 from tfopt.rules.coefficients import compact, varying, vector_of
+from tfopt.rules.constants import attr
+from tfopt.rules.view import View
 
 # Linear ops whose runtime kernels fuse a BiasAdd that comes right after them.
 BIAS_ADD_OPS = frozenset(

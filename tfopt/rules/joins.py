@@ -13,10 +13,10 @@ import numpy as np
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from tfopt.rewrite import Refused
-from tfopt.rules.affine import attr
 from tfopt.rules.coefficients import canonical, divide, dropped, lifted, same, times
 from tfopt.rules.commute import ints
-from tfopt.rules.linear import product_labels, relabelled
+from tfopt.rules.constants import attr
+from tfopt.rules.labels import product_labels, relabelled
 from tfopt.rules.plan import SCALE, SHIFT, Handler, Plan
 
 Move = Callable[[int, np.ndarray], np.ndarray]  # (operand, coefficient) -> coefficient on the other side

@@ -16,7 +16,7 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from tfopt.graph import Graph, make_node, split
 from tfopt.rewrite import Const, Match, Op, Refused, Rule, check_exclusive
-from tfopt.rules.affine import attr
+from tfopt.rules.constants import attr
 
 _SCALED = Op("Mul", ("x", "inv"), name="scaled", commutes=True)
 _CENTRE = Op("Mul", ("mean", "inv"), name="centre", commutes=True)

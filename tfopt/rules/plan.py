@@ -19,8 +19,8 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from tfopt.graph import join, split
 from tfopt.rewrite import Refused
-from tfopt.rules.affine import View
 from tfopt.rules.coefficients import canonical, divide, same
+from tfopt.rules.view import View
 
 # An affine travels through this many nodes, and on while the reserve of its graph lasts (one for all its affines), to
 # the maximum: so planning is linear in the size of the graph, and a small graph is searched in full.

@@ -11,9 +11,10 @@ import numpy as np
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from tfopt.rewrite import Refused
-from tfopt.rules.affine import View, attr
 from tfopt.rules.coefficients import canonical
+from tfopt.rules.constants import attr
 from tfopt.rules.plan import Plan
+from tfopt.rules.view import View
 
 
 @dataclasses.dataclass(frozen=True)
