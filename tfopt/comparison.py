@@ -300,6 +300,7 @@ def _cost(side: Side, path: Path, notes: list[str]) -> None:
     try:
         counted = cost.cost(path, side.signature)
         side.parameters, side.flops = counted.parameters, counted.flops
+        notes += [note for note in counted.notes if note not in notes]
     except TfoptError as error:
         notes.append(f"parameters and FLOPs could not be counted: {error}")
 

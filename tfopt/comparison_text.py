@@ -31,7 +31,7 @@ def draw(found: Comparison) -> str:
         change = "the same" if a.metric.value == b.metric.value else f"{b.metric.value - a.metric.value:+.4g}"
         rows += [_row(f"{a.metric.name}, n={a.metric.samples:,}", words.quality, a.metric, b.metric, change)]
     lines = [*_head("A", a), *_head("B", b), "", *_columns(rows), ""]
-    lines += [f"Outputs of B against A on {found.rows:,} rows ({found.source})"]
+    lines += [f"Outputs of B against A on {found.rows:,} row{'s' * (found.rows != 1)} ({found.source})"]
     for output in found.outputs:
         lines += _wrap(_output(output), "  ")
     if found.notes:

@@ -115,3 +115,16 @@ def test_empty_and_scalar_results(tmp_path):
     _folded(loaded)
     inputs = {"serving_default": {"x": rows(3, 4)}}
     assert_same(answers(tmp_path / "m", inputs), memory_answers(loaded, inputs))
+
+
+def test_what_a_file_holds_is_not_folded(tmp_path):
+    file = tmp_path / "weight.bin"
+    np.arange(4, dtype=np.float32).tofile(file)
+
+    def build(x):
+        return x * tf.reshape(tf.io.decode_raw(tf.io.read_file(str(file)), tf.float32), [4])
+
+    loaded = _model(tmp_path / "model", build)
+    _folded(loaded)
+    assert "ReadFile" in {node.op for node in loaded.graph.nodes.values()}
+    assert loaded.weight_bytes < 500
