@@ -102,7 +102,8 @@ def test_state_is_compared_over_several_calls(built):
     forgetful = loaded.copy()
     name = next(name for name, value in forgetful.state.items() if value.shape == ())
     forgetful.state[name] = forgetful.state[name] + 1
-    assert "output 'total' is off by" in verifier.check(forgetful).broken
+    found = verifier.check(forgetful)
+    assert found.broken and found.relative > 0.1
 
 
 def test_random_signatures_are_named_and_the_others_still_compared(tmp_path):

@@ -33,7 +33,7 @@ def probes(signature: SignatureDef, dtypes: dict[str, Any], draw: Draw, rows: in
       `name:component` -> array.
     """
     arrays: dict[str, np.ndarray] = {}
-    for key, info in signature.inputs.items():
+    for key, info in sorted(signature.inputs.items()):
         parts = _components(key, info)
         if not parts:
             continue

@@ -80,7 +80,7 @@ class Function:
             for component, tensor in tensor_names(info):
                 feeds[_with_port(tensor)] = inputs[f"{name}:{component}" if component else name]
         fetches = {}
-        for name, info in definition.outputs.items():
+        for name, info in sorted(definition.outputs.items()):
             for component, _ in tensor_names(info):
                 ref = self._model.graph.outputs[label(signature, name, component)]
                 fetches[f"{name}:{component}" if component else name] = _with_port(ref)

@@ -308,7 +308,7 @@ class Graph:
     def redirect_control(self, name: str, producers: Iterable[str]) -> None:
         """Replaces every control edge from `name` by control edges from `producers`."""
         producers = list(producers)
-        for user in {user for user, _, port in self.uses(name) if port == -1}:
+        for user in dict.fromkeys(user for user, _, port in self.uses(name) if port == -1):
             node = self.nodes[user]
             refs = [ref for ref in node.input if ref != f"^{name}"]
             data = {split(ref)[0] for ref in refs}
@@ -463,7 +463,7 @@ def _output_ranges(node: NodeDef, library: Mapping[str, FunctionDef]) -> Iterato
 def called_functions(node: NodeDef) -> list[str]:
     """Names of the functions that a node refers to by its attributes (branches, bodies, calls)."""
     names = []
-    for attr in node.attr.values():
+    for _, attr in sorted(node.attr.items()):  # a proto's own order changes from process to process
         if attr.HasField("func"):
             names.append(attr.func.name)
         elif attr.HasField("list"):

@@ -109,7 +109,9 @@ def inline(meta: MetaGraphDef, signatures: dict[str, SignatureDef]) -> Inlined:
     results = _upgrade_ref_variables(graph_def, nodes)
     fetches = _separate_fed_tensors(graph_def, nodes, signatures)
 
-    keep = [split(name)[0] for s in signatures.values() for i in s.inputs.values() for _, name in tensor_names(i)]
+    keep = [
+        split(name)[0] for s in signatures.values() for _, i in sorted(s.inputs.items()) for _, name in tensor_names(i)
+    ]
     keep += [split(asset.tensor_info.name)[0] for asset in meta.asset_file_def]
     outputs: dict[str, str] = {}
     for key, ref, dtype in fetches:
@@ -252,7 +254,7 @@ def _separate_fed_tensors(
     fetches = []
     for name, signature in signatures.items():
         fed: dict[str, str] = {}
-        for info in signature.inputs.values():
+        for _, info in sorted(signature.inputs.items()):  # a proto's own order changes from process to process
             for component, tensor in tensor_names(info):
                 if tensor.removesuffix(":0") not in nodes and split(tensor)[0] not in nodes:
                     raise TfoptError(f"signature {name!r}: input tensor {tensor!r} is not in the graph")
@@ -265,7 +267,7 @@ def _separate_fed_tensors(
                 fed[tensor.removesuffix(":0")] = own.name
                 set_tensor_name(info, component, f"{own.name}:0")
         copies = _copy_downstream(graph_def, nodes, signature, fed, prefix=name) if fed else {}
-        for output, info in signature.outputs.items():
+        for output, info in sorted(signature.outputs.items()):
             for component, tensor in tensor_names(info):
                 producer, port = split(tensor)
                 if producer not in nodes:

@@ -174,7 +174,7 @@ def load(path: str | Path, signatures: list[str] | None = None) -> Model:
             raise TfoptError(f"{directory}: asset {asset.filename!r} lies outside the SavedModel; refused")
     asset_nodes = [split(asset.tensor_info.name)[0] for asset in assets]
     keep = [name for name in (inlined.init, inlined.restore) if name]
-    inputs = [split(t)[0] for s in kept.values() for i in s.inputs.values() for _, t in tensor_names(i)]
+    inputs = [split(t)[0] for s in kept.values() for _, i in sorted(s.inputs.items()) for _, t in tensor_names(i)]
     graph = Graph(inlined.graph_def.node, inlined.outputs, keep=keep, arguments=dict.fromkeys(inputs))
     functions = {f.signature.name: f for f in inlined.graph_def.library.function}
 

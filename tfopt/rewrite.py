@@ -250,7 +250,7 @@ def remove_node(graph: Graph, name: str, replacement: str) -> None:
         raise Refused(f"{node.op} {name!r} is a result that waits for {before[0]!r}")
     if before:
         # The control edges move to the consumers, so that whatever reads the value still runs after them.
-        for user in {user for user, _, p in graph.uses(name) if p >= 0}:
+        for user in dict.fromkeys(user for user, _, p in graph.uses(name) if p >= 0):
             if graph.nodes[user].op in ("Merge", "RefMerge"):
                 raise Refused(f"{node.op} {name!r} holds the control edges of a v1 branch")
             refs = list(graph.nodes[user].input)

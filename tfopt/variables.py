@@ -101,7 +101,7 @@ def restored_keys(graph: Graph, restore: str) -> tuple[dict[str, CheckpointKey],
     """
     variables: dict[str, CheckpointKey] = {}
     tables: dict[str, list[CheckpointKey]] = {}
-    for name in graph.reachable([restore]):
+    for name in sorted(graph.reachable([restore])):
         node = graph.nodes[name]
         if node.op == "AssignVariableOp":
             key = _restored_key(graph, node.input[1])
@@ -254,7 +254,7 @@ def _demote_read(graph: Graph, node: NodeDef, dtype: tf.DType) -> None:
 
 
 def _demote_call(node: NodeDef, arguments: Mapping[int, tf.DType], library: dict[str, FunctionDef]) -> None:
-    for attr in node.attr.values():
+    for _, attr in sorted(node.attr.items()):
         for func in [attr.func] if attr.HasField("func") else list(attr.list.func):
             original = library[func.name]
             body = function_body(original, library)

@@ -112,7 +112,7 @@ def worst(differences: list[Difference]) -> Difference:
 def input_specs(model: Model, signature: str) -> dict[str, TensorSpec]:
     """Name, dtype and shape of every input of a signature; components of sparse inputs as `name:component`."""
     specs = {}
-    for name, info in model.signatures[signature].inputs.items():
+    for name, info in sorted(model.signatures[signature].inputs.items()):
         for component, tensor in tensor_names(info):
             key = f"{name}:{component}" if component else name
             dtype = tf.as_dtype(model.graph.producer(tensor).attr["dtype"].type or info.dtype)
