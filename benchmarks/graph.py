@@ -3,6 +3,7 @@
     python -m benchmarks.graph                              every model of benchmarks.models
     python -m benchmarks.graph --models=resnet50,lstm --columns=grappler,tfopt
 
+What --models and --columns leave out is shown as the last run measured it, so that one tool can be measured anew.
 Prints Markdown and writes benchmarks/.cache/graph.json. A cell is "nodes / affine nodes left, bytes, error": nodes are
 those that the signature's outputs need, function bodies included; error is the largest difference to the original,
 run by its own loader, relative to the output's largest value. Each model is measured in a process of its own; if a
@@ -86,6 +87,8 @@ def _cell(cell: dict, footnotes: list[str]) -> str:
             footnotes.append(text)
         return f"[{footnotes.index(text) + 1}]"
 
+    if not cell:
+        return "not measured"
     if "error" in cell:
         return f"raises {note(cell['error'])}"
     error = f"{cell['max_error']:.1e}" if "max_error" in cell else "not run"
@@ -100,7 +103,7 @@ def table(results: dict[str, dict[str, dict]], columns: list[str]) -> str:
     footnotes: list[str] = []
     lines = [f"| model | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for model, cells in results.items():
-        lines.append(f"| {model} | " + " | ".join(_cell(cells[x], footnotes) for x in columns) + " |")
+        lines.append(f"| {model} | " + " | ".join(_cell(cells.get(x, {}), footnotes) for x in columns) + " |")
     lines += ["", *(f"[{index}] {text}" for index, text in enumerate(footnotes, 1))]
     for model, cells in results.items():
         cell = cells.get("tfopt", {})
@@ -129,16 +132,17 @@ def main() -> None:
             output.write_text(json.dumps(cells))
         return
     columns = parse_names(arguments.columns) or list(COLUMNS)
-    results: dict[str, dict[str, dict]] = {}
+    results: dict[str, dict[str, dict]] = json.loads(output.read_text()) if output.is_file() else {}
     for name, directory in all_models(parse_names(arguments.models)).items():
         print(name, file=sys.stderr)
-        cells = results[name] = {}
-        while len(cells) < len(columns):
-            rest = [x for x in columns if x not in cells]
+        rest = list(columns)
+        while rest:
             found = children.run("benchmarks.graph", ["--measure", name, directory, ",".join(rest)])
-            cells |= {rest[0]: found} if "error" in found else found
+            found = {rest[0]: found} if "error" in found else found
+            results.setdefault(name, {}).update(found)
+            rest = [x for x in rest if x not in found]
             output.write_text(json.dumps(results, indent=1))
-    print(table(results, columns))
+    print(table(results, list(COLUMNS)))
 
 
 if __name__ == "__main__":
