@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -109,6 +110,11 @@ def test_nothing_of_the_model_runs(tmp_path):
     text = section(draw(found), "Security")
     assert "WARNING: WriteFile writes files" in text and "WARNING: ReadFile reads files" in text
     assert "secret.txt" in text and "run by serving_default" in text
+
+
+def test_names_do_not_command_the_terminal(digits):
+    text = draw(dataclasses.replace(digits, assets=["a\x1b[2Jb"], ops={"Add\r": 1}))
+    assert "\x1b" not in text and "\r" not in text and "a\\x1b[2Jb" in text
 
 
 def test_features_and_tables(tmp_path):

@@ -31,3 +31,8 @@ def one_line(error: BaseException) -> str:
         return type(error).__name__
     line = re.sub(r"\{\{function_node [^}]*\}\} *", "", telling[0])
     return re.sub(r"\{\{node ([^}]*)\}\}", r"node '\1'", line)
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped: names come from files of others, and a terminal would obey them."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 
+from tfopt.errors import printable
 from tfopt.hazards import Hazard
 from tfopt.inspection import Feature, Inspection, Tensor
 from tfopt.report import Refusal, group_refusals
@@ -38,7 +39,7 @@ def draw(found: Inspection, top: int = 10) -> str:
     lines += _section("Assets", [line for asset in dict.fromkeys(found.assets) for line in _wrap(asset, "  ")])
     lines += _section("What the lossless recipe would do", _steps(found))
     lines += _section("Opportunities", [line for text in found.opportunities for line in _wrap(text, "  - ")])
-    return "\n".join(line.rstrip() for line in lines).rstrip() + "\n"
+    return printable("\n".join(line.rstrip() for line in lines).rstrip() + "\n")
 
 
 def _head(found: Inspection) -> list[str]:

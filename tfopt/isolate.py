@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import app, flags
 
-from tfopt.errors import TfoptError
+from tfopt.errors import TfoptError, printable
 
 _CHILD = "TFOPT_CHILD"
 _NATIVE_LOG = re.compile(
@@ -101,7 +101,7 @@ def _guarded(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -
     try:
         code = main(argv)
     except TfoptError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
