@@ -9,6 +9,7 @@ from setuptools import find_packages, setup
 REQUIRES = [
     "absl-py>=1.4,<3",
     "ai-edge-litert>=2.3,<2.4",
+    "flatbuffers>=24.3,<26",
     "jinja2>=3.1,<4",
     "keras>=3.12,<4",
     "litert-quantizer>=0.11,<0.12",

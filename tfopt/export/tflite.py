@@ -95,6 +95,7 @@ def convert(
         rows = {key: _pick(dataset, calibration_rows) for key, dataset in (representative or {}).items()}
         with _Conversion(Path(saved_model_dir), Path(work), rows, options, timeout) as conversion:
             made = {name: conversion.make(name) for name in dict.fromkeys(names)}
+            made = {name: conversion.alias(result) for name, result in made.items()}
         return [_publish(made[name], Path(output_dir)) for name in names]
 
 
@@ -110,6 +111,7 @@ class _Conversion:
         self._child: Child | None = None
         self._float32: Converted | None = None
         self._inputs: dict[str, list[str]] = {}  # by signature
+        self._aliases: dict[str, str] = {}  # other names of the same signatures
         self._signatures: list[str] = []  # those that float32 has
 
     def __enter__(self) -> _Conversion:
@@ -140,9 +142,19 @@ class _Conversion:
             )
         return Converted(name, path, notes=(*left_out, *_ratio(facts), *facts["notes"]))
 
+    def alias(self, made: Converted) -> Converted:
+        """Adds the other names of its signatures to a finished file."""
+        if made.path is None or not self._aliases:
+            return made
+        try:
+            self._ask("alias", path=str(made.path), aliases=self._aliases)
+        except ChildError as error:
+            return Converted(made.name, None, f"{made.name}: naming its signatures failed: {error}")
+        return made
+
     def _make_float32(self) -> Converted:
         try:
-            self._inputs = self._ask("signatures")
+            self._inputs, self._aliases = self._ask("signatures")
         except ChildError as error:
             return Converted("float32", None, f"{self._saved_model} cannot be read: {error}")
         keys, notes = sorted(self._inputs), []

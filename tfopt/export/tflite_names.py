@@ -41,8 +41,18 @@ def shorten(content: bytes) -> bytes:
                 tensor.name = _unique(f"t{i}" if number == 0 else f"t{number}.{i}", used)
         if number:
             subgraph.name = f"subgraph{number}"
+    return pack(model, len(content))
+
+
+def pack(model: Any, size: int = 1 << 20) -> bytes:
+    """Returns a model (a ModelT of the TFLite schema) as the content of a .tflite file.
+
+    Args:
+        model: spent afterwards.
+        size: about how many bytes it will be.
+    """
     model.buffers = [_Aligned(buffer) for buffer in model.buffers]
-    builder = flatbuffers.Builder(len(content))
+    builder = flatbuffers.Builder(size)
     builder.Finish(model.Pack(builder), b"TFL3")
     return bytes(builder.Output())
 

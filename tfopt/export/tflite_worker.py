@@ -13,6 +13,7 @@ import numpy as np
 
 from tfopt import runtime
 from tfopt.errors import TfoptError
+from tfopt.export import tflite_aliases
 from tfopt.export.tflite_names import shorten
 
 _PROBE_ROWS = 2
@@ -22,7 +23,13 @@ _OLD_RUNTIME = (2, 14, 0)  # the last tflite-runtime
 
 def worker() -> Callable[[dict[str, Any]], Any]:
     """Returns the function that answers requests: a dict with `task` and the task's own fields (see tflite.py)."""
-    tasks = {"signatures": _signatures, "convert": _convert, "quantize": _quantize, "examine": _examine}
+    tasks = {
+        "signatures": _signatures,
+        "alias": _alias,
+        "convert": _convert,
+        "quantize": _quantize,
+        "examine": _examine,
+    }
 
     def answer(job: dict[str, Any]) -> Any:
         try:
@@ -38,9 +45,16 @@ def worker() -> Callable[[dict[str, Any]], Any]:
     return answer
 
 
-def _signatures(job: Mapping[str, Any]) -> dict[str, list[str]]:
+def _signatures(job: Mapping[str, Any]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Returns the input names of each signature that is to be converted, and the aliases of these."""
+    aliases = tflite_aliases.find(job["saved_model"])
     with runtime.open(job["saved_model"]) as program:
-        return {key: sorted(signature.inputs) for key, signature in program.signatures.items()}
+        found = {key: sorted(each.inputs) for key, each in program.signatures.items() if key not in aliases}
+    return found, aliases
+
+
+def _alias(job: Mapping[str, Any]) -> None:
+    tflite_aliases.add(job["path"], job["aliases"])
 
 
 def _convert(job: Mapping[str, Any]) -> list[str]:
