@@ -155,6 +155,12 @@ def test_channels_first(layout):
     np.testing.assert_array_equal(graph.constant(bias.input[1]), k)
 
 
+@pytest.mark.parametrize("equation, operands", [("bij->bji", 1), ("bij,bjk,bkl->bil", 3)])
+def test_an_einsum_that_is_no_product_of_two_refuses(equation, operands):
+    graph = frozen(lambda x: tf.einsum(equation, *[x * 2.0] * operands, optimize="greedy"), tf.TensorSpec((2, 3, 3)))
+    fold(graph)
+
+
 def test_weights_that_vary_are_not_linear():
     graph = frozen(lambda x, y: tf.matmul(x, y), tf.TensorSpec((2, 3)), tf.TensorSpec((3, 4)))
     view = View(graph, infer_shapes(graph))

@@ -67,7 +67,10 @@ def fold_affine(graph: Graph, library: Iterable[FunctionDef], log: Log) -> int:
         if trains(node) and not is_fused_layer_norm(graph, node):
             log.notes.append(f"probable bug: batch norm {node.name!r} serves in training mode")
     for name, _ in leftovers(graph, view.shapes):
-        log.refused["fold_affine", name] = folder.reasons.get(name, "it cannot move")
+        if {graph.nodes[user].op for user in graph.users(name)} <= {"Rsqrt", "Sqrt"} and graph.users(name):
+            log.refused["fold_affine", name] = "an epsilon under a square root, through which a shift does not pass"
+        else:
+            log.refused["fold_affine", name] = folder.reasons.get(name, "it cannot move")
     return edits
 
 

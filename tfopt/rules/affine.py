@@ -90,7 +90,7 @@ def _elementwise(view: View, node: NodeDef) -> Unit | None:
     if c.dtype.kind not in "fiu":
         return None
     if node.op.startswith("BiasAdd"):
-        k = _per_channel(view, node, x, c)
+        k = _per_channel(view, node, x, c) if index == 0 else None
         return None if k is None else Unit(node.name, x, np.ones(()), k)
     shape = view.shape(x)
     if not fits(c.shape, shape):

@@ -148,7 +148,7 @@ def _squared_difference(plan: Plan, node: NodeDef) -> None:
     first, second = plan.operand(node, 0), plan.operand(node, 1)
     k = first if first is not None else second
     if k is None:
-        raise Refused("a scale does not pass back through the difference of two")
+        raise Refused(f"a {plan.kind} does not pass back through the square of a difference")
     index = 0 if first is not None else 1
     wide = _lift(plan, node)(index, k)
     if plan.kind == SCALE:
@@ -160,6 +160,8 @@ def _squared_difference(plan: Plan, node: NodeDef) -> None:
 
 def matrix_product(plan: Plan, node: NodeDef) -> None:
     """A product of two varying matrices: a scale passes unless it varies along the axis that is summed over."""
+    if len(plan.graph.data_inputs(node)) != 2:
+        raise Refused("it is not a product of two")
     labels = product_labels(plan.view, node)
 
     def up(index: int, k: np.ndarray) -> np.ndarray:
