@@ -52,8 +52,9 @@ flags.DEFINE_bool("keep_batch", False, "Keep the batch of TFLite files dynamic i
 flags.DEFINE_bool("allow_select_tf_ops", False, "Let TFLite files use TensorFlow ops, which need the Flex delegate.")
 flags.DEFINE_integer(
     "max_constant_bytes",
-    512 << 20,
-    "Weights up to this many bytes in all are constants in the serving model; larger ones are variables.",
+    None,
+    "Weights up to this many bytes in all are constants in the serving model; the others are variables. Not given: "
+    "128 MiB (docs/serving.md says why).",
     lower_bound=0,
 )
 flags.DEFINE_bool("measure_latency", True, "Measure latency and memory, each artifact in a process of its own.")

@@ -54,7 +54,7 @@ class Options:
     io_type: str = "float32"
     keep_batch: bool = False
     allow_select_tf_ops: bool = False
-    max_constant_bytes: int = saved_model.MAX_CONSTANT_BYTES
+    max_constant_bytes: int | None = None
     measure_latency: bool = True
     threads: int = 2
     inputs: tuple[str, ...] | None = None
@@ -356,7 +356,8 @@ def _representative(model: Model, source: str) -> dict[str, Dataset]:
 def _emit(model: Model, verifier: Verifier, workspace: Workspace, options: Options) -> list[Artifact]:
     """Writes the serving model and the TFLite files into the workspace."""
     serving = workspace.path(f"serving/{options.version}")
-    saved_model.save(model, serving, max_constant_bytes=options.max_constant_bytes)
+    limit = options.max_constant_bytes
+    saved_model.save(model, serving, max_constant_bytes=saved_model.MAX_CONSTANT_BYTES if limit is None else limit)
     artifacts = [Artifact("serving", "saved_model", str(serving))]
     names = options.tflite
     if names is None:

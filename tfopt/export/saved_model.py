@@ -21,7 +21,7 @@ from tfopt.model import Model
 
 # Weights up to this many bytes in all become constants: TensorFlow folds and caches what it knows to be constant, at
 # the price of a larger saved_model.pb, which cannot exceed 2 GiB (docs/serving.md has the measurement).
-MAX_CONSTANT_BYTES = 512 << 20
+MAX_CONSTANT_BYTES = 128 << 20
 
 _LARGEST_GRAPH = (2 << 30) - (64 << 20)  # a saved_model.pb, with room for its nodes
 _SLICE_BYTES = 256 << 20  # one SaveV2 call holds a copy of everything that it writes
