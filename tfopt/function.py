@@ -85,9 +85,11 @@ class Function:
                 ref = self._model.graph.outputs[label(signature, name, component)]
                 fetches[f"{name}:{component}" if component else name] = _with_port(ref)
         try:
-            return self._session.run(fetches, feeds)
+            outputs = self._session.run(fetches, feeds)
         except (tf.errors.OpError, ValueError, TypeError) as error:
             raise TfoptError(f"signature {signature!r} cannot be run: {one_line(error)}") from error
+        # A scalar string comes as bytes.
+        return {name: np.asarray(v, object) if isinstance(v, bytes) else np.asarray(v) for name, v in outputs.items()}
 
     def _restore_ops(self) -> list[tuple[tf.Operation, dict[tf.Tensor, np.ndarray]]]:
         """Adds what fills state variables and mutable tables; returns ops with what to feed them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
@@ -94,6 +95,7 @@ def inline(meta: MetaGraphDef, signatures: dict[str, SignatureDef]) -> Inlined:
     graph_def = GraphDef()
     graph_def.CopyFrom(meta.graph_def)
     _check_ops(graph_def)
+    _check_references(graph_def)
     for holder in (graph_def.node, *(f.node_def for f in graph_def.library.function)):
         for node in holder:
             node.device = ""
@@ -151,6 +153,18 @@ def _add_defaults(node: NodeDef) -> None:
     for attr in definition.attr if definition is not None else ():
         if attr.HasField("default_value") and attr.name not in node.attr:
             node.attr[attr.name].CopyFrom(attr.default_value)
+
+
+def _check_references(graph_def: GraphDef) -> None:
+    """What TensorFlow checks itself where there are functions to inline."""
+    names = {node.name for node in graph_def.node}
+    if len(names) != len(graph_def.node):
+        twice = next(name for name, n in collections.Counter(node.name for node in graph_def.node).items() if n > 1)
+        raise TfoptError(f"the graph is damaged: it has two nodes {twice!r}")
+    for node in graph_def.node:
+        for ref in node.input:
+            if split(ref)[0] not in names:
+                raise TfoptError(f"the graph is damaged: node {node.name!r} refers to {ref!r}, which does not exist")
 
 
 def _init_ops(meta: MetaGraphDef) -> list[str]:

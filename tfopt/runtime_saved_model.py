@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tfopt.data import STRING, TensorSpec
 from tfopt.errors import TfoptError
+from tfopt.inline import tensor_names
 from tfopt.runtime import PYTHON, SESSION, Outputs, Program, Signature, one_line
 
 
@@ -39,17 +40,16 @@ class SessionProgram(Program):
             self._session.close()
             raise TfoptError(f"{path} has no signatures")
         self.signatures = {
-            key: Signature(self._specs(key, info.inputs), self._specs(key, info.outputs))
-            for key, info in self._infos.items()
+            key: Signature(self._specs(info.inputs), self._specs(info.outputs)) for key, info in self._infos.items()
         }
 
-    def _specs(self, key: str, infos: Mapping[str, Any]) -> dict[str, TensorSpec]:
+    def _specs(self, infos: Mapping[str, Any]) -> dict[str, TensorSpec]:
         specs = {}
-        for name, info in sorted(infos.items()):
-            if info.WhichOneof("encoding") != "name":
-                raise TfoptError(
-                    f"{self.path}: '{name}' of signature '{key}' is not a dense tensor; only those can run"
-                )
+        for name, tensor in _tensors(infos).items():
+            info = infos.get(name)
+            if info is None:  # a component of a sparse or ragged tensor
+                specs[name] = _spec(name, self._graph.get_tensor_by_name(tensor).dtype.base_dtype, None)
+                continue
             shape = None if info.tensor_shape.unknown_rank else [d.size for d in info.tensor_shape.dim]
             specs[name] = _spec(name, tf.as_dtype(info.dtype).base_dtype, shape)
         return specs
@@ -60,9 +60,8 @@ class SessionProgram(Program):
         info = self._infos[signature]
         names = list(self.signatures[signature].outputs)
         try:
-            call = self._session.make_callable(
-                [info.outputs[name].name for name in names], [info.inputs[name].name for name in arrays]
-            )
+            inputs, outputs = _tensors(info.inputs), _tensors(info.outputs)
+            call = self._session.make_callable([outputs[name] for name in names], [inputs[name] for name in arrays])
         except (ValueError, KeyError, RuntimeError, tf.errors.OpError) as error:
             raise self._failed(signature, error) from error
         values = list(arrays.values())
@@ -137,6 +136,15 @@ class PythonProgram(Program):
     def close(self) -> None:
         """Drops the model."""
         self._functions = self._loaded = None
+
+
+def _tensors(infos: Mapping[str, Any]) -> dict[str, str]:
+    """The tensors of a signature's inputs or outputs; components of sparse and ragged ones as `name:component`."""
+    return {
+        f"{name}:{component}" if component else name: tensor
+        for name, info in sorted(infos.items())
+        for component, tensor in tensor_names(info)
+    }
 
 
 def _spec(name: str, dtype: Any, shape: Any) -> TensorSpec:
