@@ -146,6 +146,7 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
             latency=options.measure_latency,
             threads=options.threads,
         )
+        del loaded, optimized  # large weights need their memory for what is measured now
         report.artifacts = assess(assessment, artifacts)
         emitted = [a for a in report.artifacts if a.name != "original" and not a.rejected]
         for artifact in report.artifacts:
