@@ -18,7 +18,6 @@ import numpy as np
 from tfopt.child import Child, ChildError
 from tfopt.errors import TfoptError
 
-
 _GZIP_BLOCK = 64 << 20
 
 
