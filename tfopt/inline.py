@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
@@ -95,7 +94,7 @@ def inline(meta: MetaGraphDef, signatures: dict[str, SignatureDef]) -> Inlined:
     graph_def = GraphDef()
     graph_def.CopyFrom(meta.graph_def)
     _check_ops(graph_def)
-    _check_references(graph_def)
+    _check_graph(graph_def)
     for holder in (graph_def.node, *(f.node_def for f in graph_def.library.function)):
         for node in holder:
             node.device = ""
@@ -145,6 +144,8 @@ def _check_ops(graph_def: GraphDef) -> None:
                     f"node {node.name!r} uses op {node.op!r}, which TensorFlow {tf.__version__} does not have; "
                     "export the model without it, or load the library that registers the op first"
                 )
+            if node.op == "Const" and node.attr["value"].tensor.dtype != node.attr["dtype"].type:
+                raise TfoptError(f"the graph is damaged: constant {node.name!r} holds a value of another dtype")
 
 
 def _add_defaults(node: NodeDef) -> None:
@@ -155,16 +156,15 @@ def _add_defaults(node: NodeDef) -> None:
             node.attr[attr.name].CopyFrom(attr.default_value)
 
 
-def _check_references(graph_def: GraphDef) -> None:
-    """What TensorFlow checks itself where there are functions to inline."""
-    names = {node.name for node in graph_def.node}
-    if len(names) != len(graph_def.node):
-        twice = next(name for name, n in collections.Counter(node.name for node in graph_def.node).items() if n > 1)
-        raise TfoptError(f"the graph is damaged: it has two nodes {twice!r}")
-    for node in graph_def.node:
-        for ref in node.input:
-            if split(ref)[0] not in names:
-                raise TfoptError(f"the graph is damaged: node {node.name!r} refers to {ref!r}, which does not exist")
+def _check_graph(graph_def: GraphDef) -> None:
+    """Checks what TensorFlow checks while it inlines, where there is nothing to inline.
+
+    Raises:
+      ValueError: a reference to nothing, a missing or wrong attribute, two nodes of one name.
+    """
+    if not graph_def.library.function:
+        with tf.Graph().as_default():
+            tf.graph_util.import_graph_def(graph_def, name="")
 
 
 def _init_ops(meta: MetaGraphDef) -> list[str]:
