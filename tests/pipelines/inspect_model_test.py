@@ -20,7 +20,7 @@ def server():
 
 def test_text_and_json(server, tmp_path):
     text = server.run([MODEL, "--signatures=serving_default", "--top=3"], tmp_path)
-    assert text.code == 0 and "error: " not in text.stderr
+    assert text.code == 0 and "\nerror: " not in text.stderr
     assert "serving_default  (predict)" in text.stdout and "\n  serve  " not in text.stdout
     assert "and 16 more" in text.stdout
     found = json.loads(server.run([MODEL, "--format=json"], tmp_path).stdout)
