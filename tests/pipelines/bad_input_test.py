@@ -16,6 +16,7 @@ from tests.conftest import REPO
 from tests.forked import Server
 
 MODEL = REPO / "saved_models" / "digits"
+pytestmark = pytest.mark.slow  # fifty runs
 DATA = "variables/variables.data-00000-of-00001"
 
 
