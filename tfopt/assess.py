@@ -17,6 +17,7 @@ from tfopt.report import Artifact
 from tfopt.verify import Difference, difference, worst
 
 _EVALUATION_BATCH = 32
+_SCORES = "class scores of the evaluation rows"  # no signature is called that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +64,13 @@ def assess(job: Assessment, artifacts: list[Artifact]) -> list[Artifact]:
     """
     original = Artifact("original", "saved_model", str(job.original))
     expected: dict[str, dict[str, np.ndarray]] = {}
-    everything = [original, *artifacts]
+    everything, runnable = [original, *artifacts], []
     for artifact in tqdm(everything, desc="assess", unit="artifact", leave=False, disable=None):
         if artifact.rejected:
             continue
         try:
-            _fill(job, artifact, expected)
+            if _fill(job, artifact, expected):
+                runnable.append(artifact)
         except TfoptError as error:
             if artifact is original:
                 raise
@@ -81,11 +83,12 @@ def assess(job: Assessment, artifacts: list[Artifact]) -> list[Artifact]:
                     f"{job.metric} falls by {lost:.6g}, more than --max_accuracy_drop={job.max_accuracy_drop:g}"
                 )
     if job.latency:
-        _time(job, [a for a in everything if not a.rejected])
+        _time(job, [a for a in runnable if not a.rejected])
     return everything
 
 
-def _fill(job: Assessment, artifact: Artifact, expected: dict[str, dict[str, np.ndarray]]) -> None:
+def _fill(job: Assessment, artifact: Artifact, expected: dict[str, dict[str, np.ndarray]]) -> bool:
+    """Fills in what can be known of an artifact, and says whether it runs here; the original fills `expected`."""
     artifact.bytes, artifact.gzip_bytes = measure.sizes(artifact.path)
     try:
         counted = cost.cost(artifact.path, job.signature)
@@ -93,41 +96,57 @@ def _fill(job: Assessment, artifact: Artifact, expected: dict[str, dict[str, np.
         artifact.notes += [note for note in counted.notes if note not in artifact.notes]
     except TfoptError as error:
         artifact.notes.append(f"parameters and FLOPs could not be counted: {error}")
-    found: list[Difference] = []
-    with runtime.open(artifact.path, threads=job.threads) as program:
-        for name, dataset in job.comparison.items():
-            if name not in program.signatures:
-                artifact.notes.append(f"signature {name!r} is not in this artifact")
-                continue
-            received = _in_turn(program, name, dataset)
-            if artifact.name == "original":
-                expected[name] = received
-            elif name not in job.random:
-                found.append(_compare(expected[name], received))
-                _check_finite(name, expected[name], received)
-        if artifact.name == "serving" and len(found) and worst(found).broken:
-            raise TfoptError(f"its outputs differ from the original's: {worst(found).broken}")
-        if found:
-            artifact.max_abs_error, artifact.max_rel_error = worst(found).absolute, worst(found).relative
+    try:
+        program = runtime.open(artifact.path, threads=job.threads)
+    except runtime.NeedsFlexError:
+        artifact.notes.append("its outputs were not compared, nor its accuracy or latency measured")
+        return False
+    with program:
+        _compare_outputs(job, artifact, program, expected)
         if job.evaluation is not None and job.signature in program.signatures:
-            specs = program.signatures[job.signature].inputs
-            artifact.accuracy = metrics.evaluate(
-                job.metric,
-                lambda rows: program.run(job.signature, rows),
-                job.evaluation,
-                job.output,
-                batch_size=batch_size(specs, _EVALUATION_BATCH),
-                pad=batch_size(specs, _EVALUATION_BATCH) != _EVALUATION_BATCH,
-            )
-            scores = _scores(job, program)
-            if artifact.name == "original":
-                expected["scores"] = {"": scores} if scores is not None else {}
-            elif scores is not None and "" in expected.get("scores", {}):
-                artifact.agreement = metrics.agreement(scores, expected["scores"][""])
+            _score(job, artifact, program, expected)
+    return True
 
 
-def _in_turn(program: runtime.Program, name: str, dataset: Dataset) -> dict[str, np.ndarray]:
-    return program.run(name, dataset.inputs)
+def _compare_outputs(
+    job: Assessment, artifact: Artifact, program: runtime.Program, expected: dict[str, dict[str, np.ndarray]]
+) -> None:
+    found: list[Difference] = []
+    for name, dataset in job.comparison.items():
+        if name not in program.signatures:
+            artifact.notes.append(f"signature {name!r} is not in this artifact")
+            continue
+        received = program.run(name, dataset.inputs)
+        if artifact.name == "original":
+            expected[name] = received
+        elif name not in job.random:
+            found.append(_compare(expected[name], received))
+            _check_finite(name, expected[name], received)
+    if found:
+        difference = worst(found)
+        artifact.max_abs_error, artifact.max_rel_error = difference.absolute, difference.relative
+        if artifact.name == "serving" and difference.broken:
+            raise TfoptError(f"its outputs differ from the original's: {difference.broken}")
+
+
+def _score(
+    job: Assessment, artifact: Artifact, program: runtime.Program, expected: dict[str, dict[str, np.ndarray]]
+) -> None:
+    assert job.evaluation is not None
+    size = batch_size(program.signatures[job.signature].inputs, _EVALUATION_BATCH)
+    artifact.accuracy = metrics.evaluate(
+        job.metric,
+        lambda rows: program.run(job.signature, rows),
+        job.evaluation,
+        job.output,
+        batch_size=size,
+        pad=size != _EVALUATION_BATCH,
+    )
+    scores = _scores(job, program)
+    if scores is not None and artifact.name == "original":
+        expected[_SCORES] = {"": scores}
+    elif scores is not None and _SCORES in expected:
+        artifact.agreement = metrics.agreement(scores, expected[_SCORES][""])
 
 
 def _compare(expected: Mapping[str, np.ndarray], received: Mapping[str, np.ndarray]) -> Difference:

@@ -37,6 +37,10 @@ class Signature:
     outputs: dict[str, TensorSpec]
 
 
+class NeedsFlexError(TfoptError):
+    """A .tflite file with Select TF ops, which only an interpreter with the Flex delegate runs: there is none here."""
+
+
 class Program(ABC):
     """An opened artifact; a context manager.
 

@@ -10,7 +10,7 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from tfopt.data import STRING, TensorSpec
 from tfopt.errors import TfoptError
-from tfopt.runtime import LITERT, PLAIN, Outputs, Program, Signature, one_line
+from tfopt.runtime import LITERT, PLAIN, NeedsFlexError, Outputs, Program, Signature, one_line
 
 
 class LiteProgram(Program):
@@ -21,6 +21,8 @@ class LiteProgram(Program):
         try:
             self.loader, self._interpreter = _load(path, threads)
         except (RuntimeError, ValueError) as error:
+            if "Flex delegate" in str(error):
+                raise NeedsFlexError(f"{path} does not load: {_reason(error)}") from error
             raise TfoptError(f"{path} does not load: {_reason(error)}") from error
         self._runners: dict[str, Any] = {}
         keys = sorted(self._interpreter.get_signature_list())
