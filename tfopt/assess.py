@@ -76,6 +76,8 @@ def assess(job: Assessment, artifacts: list[Artifact]) -> list[Artifact]:
                 raise
             artifact.rejected = str(error)
             continue
+        if artifact not in runnable and job.max_accuracy_drop is not None:
+            artifact.rejected = "its accuracy cannot be measured here, so it cannot pass --max_accuracy_drop"
         if artifact.accuracy and original.accuracy and job.max_accuracy_drop is not None:
             lost = metrics.drop(original.accuracy, artifact.accuracy)
             if lost > job.max_accuracy_drop:

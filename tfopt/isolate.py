@@ -39,6 +39,7 @@ def run(main: Callable[[Sequence[str]], int | None], clean_up: Callable[[], None
     verbose = any(re.fullmatch(r"--?(verbosity|v)=?[1-9]", argument) for argument in sys.argv[1:])
     command = [sys.executable, *_how_started(), *sys.argv[1:]]
     child = subprocess.Popen(command, env=environ, stderr=None if verbose else subprocess.PIPE)
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     last = b""
     try:
         if child.stderr is not None:
@@ -50,8 +51,10 @@ def run(main: Callable[[Sequence[str]], int | None], clean_up: Callable[[], None
     if code < 0:
         name = signal.Signals(-code).name
         why = re.sub(r"^[A-Z]\d{4} \S+\s+\d+ ", "", last.decode(errors="replace")).strip()
-        print(f"error: TensorFlow ended the process ({name}){': ' + why[:300] if why else ''}", file=sys.stderr)
-        code = 2
+        asked = code == -signal.SIGTERM
+        what = "terminated" if asked else f"TensorFlow ended the process ({name}){': ' + why[:300] if why else ''}"
+        print(f"error: {what}", file=sys.stderr)
+        code = 128 + signal.SIGTERM if asked else 2
         if clean_up is not None:
             _parse_flags(sys.argv)
             clean_up()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +19,9 @@ def remove_stale(output: Path) -> None:
         pid = path.name.removeprefix(_prefix(output)).split("-")[0]
         if pid.isdigit() and not _alive(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
+
+
+_AT_FDCWD, _EXCHANGE = -100, 2  # <fcntl.h>, RENAME_EXCHANGE of <linux/fs.h>
 
 
 class Workspace:
@@ -89,17 +94,28 @@ class Workspace:
     def publish(self) -> None:
         """Moves every target to its place by one rename each; the model that a server watches comes last."""
         self._output.mkdir(parents=True, exist_ok=True)
-        old = self._root / "old"
         for target in sorted(self._targets, key=lambda t: t.startswith("serving/")):
             source, place = self._root / "out" / target, self._output / target
-            if place.exists():
-                (old / target).parent.mkdir(parents=True, exist_ok=True)
-                place.rename(old / target)
-            if source.is_dir() and not any(source.iterdir()):
-                continue
-            if source.exists():
+            made = source.exists() and not (source.is_dir() and not any(source.iterdir()))
+            if made and not place.exists():
                 place.parent.mkdir(parents=True, exist_ok=True)
                 source.rename(place)
+            elif made:
+                _exchange(source, place)
+            elif place.exists():  # an earlier run made what this one did not
+                source.parent.mkdir(parents=True, exist_ok=True)
+                place.rename(source.with_name(f"{source.name}.old"))
+
+
+def _exchange(new: Path, place: Path) -> None:
+    """Puts `new` at `place`, and what was there where `new` was; on Linux in one step, so that no kill loses both."""
+    if sys.platform == "linux":
+        rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if rename is not None and rename(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(place), _EXCHANGE) == 0:
+            return
+    aside = new.with_name(f"{new.name}.old")
+    place.rename(aside)
+    new.rename(place)
 
 
 def _nearest(directory: Path) -> Path:
