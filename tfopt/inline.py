@@ -237,8 +237,6 @@ def _upgrade_ref_variables(graph_def: GraphDef, nodes: dict[str, NodeDef]) -> di
                     node.attr.pop(attr, None)
                 if dtype is not None:
                     node.attr["dtype"].CopyFrom(dtype)
-            elif node.op.startswith("Ref"):
-                raise TfoptError(f"node {node.name!r}: {node.op} on a TF 1 reference variable is not supported")
             else:
                 after = [f"^{name}"] if name != source[name] else []
                 node.input[index] = read(source[name], [*control, *after])

@@ -14,7 +14,7 @@ from tensorflow.core.protobuf.meta_graph_pb2 import AssetFileDef, MetaGraphDef, 
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
 from tfopt.errors import TfoptError, one_line
-from tfopt.graph import WEIGHT_ELEMENTS, Graph, called_functions, const_node, make_node, split
+from tfopt.graph import WEIGHT_ELEMENTS, Graph, called_functions, const_node, make_node, op_def, split
 from tfopt.inline import INIT_SIGNATURE, TRAIN_SIGNATURE, inline, tensor_names
 from tfopt.variables import (
     CheckpointKey,
@@ -186,6 +186,10 @@ def load(path: str | Path, signatures: list[str] | None = None) -> Model:
     live_assets = [name for name in asset_nodes if name in graph.reachable(graph.roots())]
     graph.keep += live_assets
     graph.sweep()
+    for node in graph.nodes.values():
+        definition = op_def(node.op)
+        if definition is not None and any(arg.is_ref for arg in definition.input_arg):
+            raise TfoptError(f"node {node.name!r}: {node.op} on a TF 1 reference variable is not supported")
     handles = {n.name: n for n in graph.nodes.values() if n.op == "VarHandleOp" and n.name in keys}
     tables = {name: pair for name, pair in table_keys.items() if name in graph.nodes}
 

@@ -72,7 +72,7 @@ def difference(expected: Mapping[str, np.ndarray], received: Mapping[str, np.nda
         if b is None:
             broken = broken or f"output {name!r} is missing"
             continue
-        a, b = np.asarray(a), np.asarray(b)
+        a, b = (np.asarray(value, object if isinstance(value, bytes) else None) for value in (a, b))
         if a.shape != b.shape or a.dtype != b.dtype:
             broken = broken or f"output {name!r} changed from {a.dtype}{list(a.shape)} to {b.dtype}{list(b.shape)}"
             continue
