@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import gc
 import sys
 import time
 from pathlib import Path
@@ -146,7 +147,8 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
             latency=options.measure_latency,
             threads=options.threads,
         )
-        del loaded, optimized  # large weights need their memory for what is measured now
+        del loaded, optimized
+        gc.collect()  # sessions are in cycles, and hold their variables: measuring needs the memory of large weights
         report.artifacts = assess(assessment, artifacts)
         emitted = [a for a in report.artifacts if a.name != "original" and not a.rejected]
         for artifact in report.artifacts:

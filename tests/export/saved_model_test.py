@@ -144,11 +144,12 @@ def test_an_existing_directory_is_refused(built, tmp_path):
         emit(built("shared_weights"), tmp_path)
 
 
-def test_the_checkpoint_is_written_in_slices(monkeypatch, tmp_path):
-    monkeypatch.setattr(saved_model, "_SLICE_BYTES", 5000)
-    values = {f"v{i}": rows(40, 20, seed=i) for i in range(6)}
+@pytest.mark.parametrize(("slice_bytes", "files"), [(5000, 6), (7000, 3), (1000, 24), (1, None)])
+def test_the_checkpoint_is_written_in_slices(slice_bytes, files, monkeypatch, tmp_path):
+    monkeypatch.setattr(saved_model, "_SLICE_BYTES", slice_bytes)
+    values = {f"v{i}": rows(40, 20, seed=i) for i in range(6)} if files else {"v": rows(5, 2, 3), "s": np.float32(3)}
     saved_model._write_checkpoint(tmp_path, values)
-    assert len(list(tmp_path.glob("*.data-*"))) == 6
+    assert files is None or len(list(tmp_path.glob("*.data-*"))) == files
     reader = tf.train.load_checkpoint(str(tmp_path / "variables"))
     for name, value in values.items():
         np.testing.assert_array_equal(reader.get_tensor(name), value)

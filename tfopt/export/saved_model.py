@@ -7,6 +7,7 @@ names, methods and metadata, and weights are Const nodes or variables restored f
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -190,23 +191,37 @@ def _write_checkpoint(directory: Path, values: dict[str, np.ndarray]) -> None:
     """Writes a checkpoint in slices, so that memory stays near one slice above the weights' own."""
     if not values:
         return
-    slices: list[list[str]] = [[]]
+    parts: list[list[tuple[str, str, np.ndarray]]] = [[]]
     size = 0
     for key, value in values.items():
-        if slices[-1] and size + value.nbytes > _SLICE_BYTES:
-            slices.append([])
-            size = 0
-        slices[-1].append(key)
-        size += value.nbytes
+        for piece in _pieces(key, value):
+            if parts[-1] and size + piece[2].nbytes > _SLICE_BYTES:
+                parts.append([])
+                size = 0
+            parts[-1].append(piece)
+            size += piece[2].nbytes
     prefixes = []
-    for index, keys in enumerate(slices):
+    for index, part in enumerate(parts):
         prefixes.append(str(directory / f"part-{index:05d}"))
         tf.raw_ops.SaveV2(
             prefix=prefixes[-1],
-            tensor_names=keys,
-            shape_and_slices=[""] * len(keys),
-            tensors=[tf.convert_to_tensor(values[key]) for key in keys],
+            tensor_names=[key for key, _, _ in part],
+            shape_and_slices=[where for _, where, _ in part],
+            tensors=[tf.convert_to_tensor(array) for _, _, array in part],
         )
     tf.raw_ops.MergeV2Checkpoints(
         checkpoint_prefixes=prefixes, destination_prefix=str(directory / "variables"), delete_old_dirs=False
     )
+
+
+def _pieces(key: str, value: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Yields (key, where it lies in the whole, rows) of a value; all of it in one piece where it is small."""
+    if value.nbytes <= _SLICE_BYTES or not value.ndim or value.dtype == object:
+        yield key, "", value
+        return
+    rows = max(1, _SLICE_BYTES * len(value) // value.nbytes)
+    shape = " ".join(map(str, value.shape))
+    others = ":-" * (value.ndim - 1)
+    for start in range(0, len(value), rows):
+        piece = value[start : start + rows]
+        yield key, f"{shape} {start},{len(piece)}{others}", piece
