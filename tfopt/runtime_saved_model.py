@@ -28,7 +28,7 @@ class SessionProgram(Program):
             intra_op_parallelism_threads=threads or 0, inter_op_parallelism_threads=threads or 0
         )
         self._graph = tf.Graph()
-        self._session = tf.compat.v1.Session(graph=self._graph, config=config)
+        self._session: Any = tf.compat.v1.Session(graph=self._graph, config=config)
         try:
             with _quiet():
                 meta_graph = tf.compat.v1.saved_model.load(self._session, ["serve"], path)
@@ -84,8 +84,9 @@ class SessionProgram(Program):
         return run
 
     def close(self) -> None:
-        """Ends the session."""
+        """Ends the session, and with it its variables."""
         self._session.close()
+        self._session = None
         self._substitute = None
 
 
