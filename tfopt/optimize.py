@@ -124,7 +124,7 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
             },
         )
         report.steps.append(_load_step(loaded, loading))
-        report.model = _model_facts(model, source, loaded)
+        report.model = _model_facts(model, loaded)
         report.warnings += _warnings(verifier)
         optimized = loaded
         for name, chosen in tqdm(steps_wanted.steps, desc="passes", unit="pass", leave=False, disable=None):
@@ -149,6 +149,7 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         )
         del loaded, optimized
         gc.collect()  # sessions are in cycles, and hold their variables: measuring needs the memory of large weights
+        _add_signatures(report.model, source, list(verifier.inputs))
         report.artifacts = assess(assessment, artifacts)
         emitted = [a for a in report.artifacts if a.name != "original" and not a.rejected]
         for artifact in report.artifacts:
@@ -308,27 +309,31 @@ def _finite(value: Any) -> bool:
     return bool(np.isfinite(value).all())
 
 
-def _model_facts(given: str | Path, source: Path, model: Model) -> dict[str, Any]:
-    with runtime.open(source) as program:
-        signatures, loader = program.signatures, program.loader
+def _model_facts(given: str | Path, model: Model) -> dict[str, Any]:
     return {
         "path": str(given),
-        "origin": f"{model.origin}, loaded by {loader}",
+        "origin": model.origin,
         "nodes": model.original_nodes,
         "parameters": int(sum(w.size for w in model.weights.values())),
         "state": sorted(model.state),
         "tables": sum(n.op in ("HashTableV2", "MutableHashTableV2", "HashTable") for n in model.graph.nodes.values()),
         "assets": [asset.filename for asset in model.assets],
-        "signatures": [
+    }
+
+
+def _add_signatures(facts: dict[str, Any], source: Path, names: list[str]) -> None:
+    """Adds what a runtime says about the original; it holds the weights once more while it is open."""
+    with runtime.open(source) as program:
+        facts["origin"] += f", loaded by {program.loader}"
+        facts["signatures"] = [
             {
                 "name": name,
-                "inputs": [_spec(s) for s in signatures[name].inputs.values()],
-                "outputs": [_spec(s) for s in signatures[name].outputs.values()],
+                "inputs": [_spec(s) for s in program.signatures[name].inputs.values()],
+                "outputs": [_spec(s) for s in program.signatures[name].outputs.values()],
             }
-            for name in model.signatures
-            if name in signatures
-        ],
-    }
+            for name in names
+            if name in program.signatures
+        ]
 
 
 def _spec(spec: Any) -> dict[str, Any]:
