@@ -72,7 +72,7 @@ def test_unknown_names_and_missing_files(tmp_path):
 
 
 def test_a_pass_that_needs_another_before_it():
-    with pytest.raises(TfoptError, match=r"pass 2: fold_affine needs fold_constants before it; insert 'fold_constants'"):
+    with pytest.raises(TfoptError, match="pass 2: fold_affine needs fold_constants before it"):
         recipe.parse(["prune_graph", "fold_affine", "fold_constants"], "mine")
     assert len(recipe.parse(["prune_graph", "fold_constants", "fold_affine"], "mine").steps) == 3
 

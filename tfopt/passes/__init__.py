@@ -122,7 +122,8 @@ def optimize_in_process(model: Model, optimizers: list[str], keep: Iterable[str]
     meta.collection_def["train_op"].node_list.value.extend(name for name in kept if name in graph.nodes)
     result = run_grappler(meta, optimizers, **toggles)
     nodes = {node.name: node for node in result.node}
-    for name in sorted(graph.reachable(name for name in keep if name in graph.nodes)):  # a preserved node keeps its name, but may have become a constant
+    # A preserved node keeps its name, but may have become a constant.
+    for name in sorted(graph.reachable(name for name in keep if name in graph.nodes)):
         nodes[name] = graph.nodes[name]
     model.graph = Graph(
         nodes.values(), graph.outputs, keep=graph.keep, arguments=graph.arguments, weights=dict(graph.weights)
