@@ -30,33 +30,51 @@ COLUMNS = ("original", "frozen", "optimize_for_inference", "graph_transform", "g
 SHORTEST = 0.005  # seconds: a time is that of as many calls as last this long
 
 
-def _programs(name: str, directory: str, batch_size: int, scratch: str):
-    """Returns (column -> program that runs, the batch, column -> why it does not run)."""
-    from benchmarks import peers, samples
+def _programs(directory: str, scratch: str) -> tuple[dict, dict[str, str]]:
+    """Returns (column -> its program, column -> why there is none)."""
+    from benchmarks import peers
 
-    meta = peers.read_meta_graph(directory)
-    signature = meta.signature_def[peers.pick_signature(meta.signature_def)]
-    batch = samples.draw(name, signature.inputs, batch_size)
     programs, failures = {}, {}
     for column in COLUMNS:
         try:
-            program = peers.Program(peers.build(column, directory, scratch), THREADS)
-            program.run(batch)
-            programs[column] = program
+            programs[column] = peers.Program(peers.build(column, directory, scratch), THREADS)
         except Exception as error:  # whatever a tool raises is its result
             failures[column] = children.one_line(error)
-    return programs, batch, failures
+    return programs, failures
 
 
-def _measure(name: str, directory: str, batch_size: int, seconds: float) -> dict:
-    """Returns {"times": column -> seconds per call, one a round; "failures": column -> reason}."""
+def _measure(name: str, directory: str, sizes: list[int], seconds: float | None) -> dict[int, dict]:
+    """Returns batch size -> what `_times` gives, or what `_profile` gives where `seconds` is None."""
+    from benchmarks import peers, samples
+
+    meta = peers.read_meta_graph(directory)
+    inputs = meta.signature_def[peers.pick_signature(meta.signature_def)].inputs
     with tempfile.TemporaryDirectory() as scratch:
-        programs, batch, failures = _programs(name, directory, batch_size, scratch)
-    if "original" not in programs:
-        return {"error": failures["original"]}
-    fixed = [x.shape[0] for x in batch.values() if x.ndim and x.shape[0] != batch_size]
-    if fixed:
-        return {"error": f"its batch is fixed at {fixed[0]}"}
+        programs, failures = _programs(directory, scratch)
+    results: dict[int, dict] = {}
+    for size in sizes:
+        batch = samples.draw(name, inputs, size)
+        fixed = [x.shape[0] for x in batch.values() if x.ndim and x.shape[0] != size]
+        running, reasons = {}, dict(failures)
+        for column, program in programs.items():
+            try:
+                program.run(batch)
+                running[column] = program
+            except Exception as error:  # whatever a tool's graph raises is its result
+                reasons[column] = children.one_line(error)
+        if fixed:
+            results[size] = {"error": f"its batch is fixed at {fixed[0]}"}
+        elif "original" in reasons:
+            results[size] = {"error": reasons["original"]}
+        elif seconds is None:
+            results[size] = _profile(running, batch)
+        else:
+            results[size] = {"times": _times(running, batch, seconds), "failures": reasons}
+    return results
+
+
+def _times(programs: dict, batch: dict, seconds: float) -> dict[str, list[float]]:
+    """Returns column -> seconds per call, one number a round."""
     calls = {}
     for column, program in programs.items():
         for _ in range(3):
@@ -74,7 +92,7 @@ def _measure(name: str, directory: str, batch_size: int, seconds: float) -> dict
             for _ in range(calls[column]):
                 programs[column].run(batch)
             times[column].append((time.perf_counter() - start) / calls[column])
-    return {"times": times, "failures": failures}
+    return times
 
 
 def ratio(slow: list[float], fast: list[float]) -> tuple[float, float, float]:
@@ -85,13 +103,11 @@ def ratio(slow: list[float], fast: list[float]) -> tuple[float, float, float]:
     return float(np.median(ratios)), float(low), float(high)
 
 
-def _profile(name: str, directory: str, batch_size: int) -> dict:
+def _profile(programs: dict, batch: dict) -> dict:
     """Returns column -> op -> (milliseconds per call, nodes), from a full trace, median of 15 calls."""
     import tensorflow as tf
 
     v1, found = tf.compat.v1, {}
-    with tempfile.TemporaryDirectory() as scratch:
-        programs, batch, _ = _programs(name, directory, batch_size, scratch)
     for column, program in programs.items():
         candidate = program.candidate
         feeds = {candidate.inputs[key]: value for key, value in batch.items()}
@@ -166,33 +182,32 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8", help="comma-separated batch sizes")
     parser.add_argument("--seconds", type=float, default=20, help="of measuring, for each model and batch size")
     parser.add_argument("--profile", action="store_true", help="print time by op instead of ratios")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--json", default=str(CACHE.parent / "serving_runtime.json"), help="where the numbers go")
     arguments = parser.parse_args()
     output = Path(arguments.json)
+    sizes = [int(x) for x in arguments.batches.split(",")]
+    seconds = None if arguments.profile else arguments.seconds
     if arguments.measure:
-        name, directory, size = arguments.measure
-        if arguments.profile:
-            result = _profile(name, directory, int(size))
-        else:
-            result = _measure(name, directory, int(size), arguments.seconds)
-        output.write_text(json.dumps(result))
+        output.write_text(json.dumps(_measure(*arguments.measure, sizes, seconds)))
         return
     results: dict[str, dict] = {}
     if not arguments.profile:
         titles = ["model", "batch", *COLUMNS, "tfopt against the best peer", ""]
         print(f"| {' | '.join(titles)} |\n" + "|---" * len(titles) + "|")
     for name, directory in all_models(parse_names(arguments.models)).items():
-        for size in arguments.batches.split(","):
-            flags = [f"--seconds={arguments.seconds}", *(["--profile"] if arguments.profile else [])]
-            found = children.run("benchmarks.serving_runtime", ["--measure", name, directory, size, *flags])
-            results[f"{name}/{size}"] = found
-            output.write_text(json.dumps(results))
+        flags = [f"--batches={arguments.batches}", f"--seconds={arguments.seconds}"]
+        flags += ["--profile"] if arguments.profile else []
+        answer = children.run("benchmarks.serving_runtime", ["--measure", name, directory, *flags])
+        results[name] = answer
+        output.write_text(json.dumps(results))
+        for size in sizes:
+            found = answer if "error" in answer else answer[str(size)]
             if arguments.profile:
-                _print_profile(name, int(size), found)
+                _print_profile(name, size, found)
             else:
-                print(_row(name, int(size), found), flush=True)
-                print(f"{name} {size}", file=sys.stderr)
+                print(_row(name, size, found), flush=True)
+        print(name, file=sys.stderr)
 
 
 if __name__ == "__main__":
