@@ -340,6 +340,15 @@ class Graph:
         else:
             users.pop(user, None)
 
+    def same_as(self, other: Graph) -> bool:
+        """Whether both hold the same nodes, inputs, results and weights (the same arrays, not equal ones)."""
+        return (
+            self.outputs == other.outputs
+            and self.nodes == other.nodes
+            and self.weights.keys() == other.weights.keys()
+            and all(value is other.weights[name] for name, value in self.weights.items())
+        )
+
     # -- the two forms on disk --------------------------------------------------------------------------------------
 
     def copy(self) -> Graph:
@@ -460,9 +469,17 @@ def _output_ranges(node: NodeDef, library: Mapping[str, FunctionDef]) -> Iterato
         start += count
 
 
+@functools.lru_cache(maxsize=4096)
+def _holds_functions(op: str) -> bool:
+    definition = op_def(op)
+    return definition is None or any(attr.type in ("func", "list(func)") for attr in definition.attr)
+
+
 def called_functions(node: NodeDef) -> list[str]:
     """Names of the functions that a node refers to by its attributes (branches, bodies, calls)."""
-    names = []
+    names: list[str] = []
+    if not _holds_functions(node.op):
+        return names
     for _, attr in sorted(node.attr.items()):  # a proto's own order changes from process to process
         if attr.HasField("func"):
             names.append(attr.func.name)
