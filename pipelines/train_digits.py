@@ -23,11 +23,7 @@ from tfopt.errors import TfoptError
 INPUT = "image"
 MIN_ACCURACY = 0.97
 
-_OUTPUT = flags.DEFINE_string("output", None, "Directory that the trained SavedModel is written to.")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Directory for representative.npz and eval.npz.")
-_EPOCHS = flags.DEFINE_integer("epochs", 30, "Passes over the training rows.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the split, the initial weights and the batches.")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an existing --output.")
+FLAGS = flags.FLAGS
 
 
 def split(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -127,19 +123,19 @@ def main(argv: Sequence[str]) -> int:
     """Turns flags into library calls; returns the exit code."""
     if argv[1:]:
         raise TfoptError(f"train_digits takes flags only. Received: {' '.join(argv[1:])}")
-    if _OUTPUT.value is None and _DATA_DIR.value is None:
+    if FLAGS.output is None and FLAGS.data_dir is None:
         raise TfoptError("nothing to do: give --output, --data_dir or both")
-    if _DATA_DIR.value is not None:
-        write_data(Path(_DATA_DIR.value), _SEED.value)
-    if _OUTPUT.value is not None:
-        output = Path(_OUTPUT.value)
-        if output.exists() and not _OVERWRITE.value:
+    if FLAGS.data_dir is not None:
+        write_data(Path(FLAGS.data_dir), FLAGS.seed)
+    if FLAGS.output is not None:
+        output = Path(FLAGS.output)
+        if output.exists() and not FLAGS.overwrite:
             raise TfoptError(f"--output={output} exists: give another path or --overwrite")
-        model, accuracy = train(_SEED.value, _EPOCHS.value)
+        model, accuracy = train(FLAGS.seed, FLAGS.epochs)
         if accuracy < MIN_ACCURACY:
             raise TfoptError(
                 f"the model reached {accuracy:.4f} on held-out rows and needs {MIN_ACCURACY}: raise --epochs"
-                f" (received {_EPOCHS.value})"
+                f" (received {FLAGS.epochs})"
             )
         export(model, output)
         print(f"{output}: accuracy {accuracy:.4f} on the held-out digits")
@@ -148,6 +144,12 @@ def main(argv: Sequence[str]) -> int:
 
 def run() -> None:
     """Entry point of ``python -m pipelines.train_digits``."""
+    # Defined here, so that the functions above can be imported beside another script with flags of these names.
+    flags.DEFINE_string("output", None, "Directory that the trained SavedModel is written to.")
+    flags.DEFINE_string("data_dir", None, "Directory for representative.npz and eval.npz.")
+    flags.DEFINE_integer("epochs", 30, "Passes over the training rows.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of the split, the initial weights and the batches.")
+    flags.DEFINE_bool("overwrite", False, "Replace an existing --output.")
     isolate.run(main)
 
 

@@ -110,6 +110,7 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         begun = time.monotonic()
         loaded = load_model(source, list(options.signatures) if options.signatures else None)
         loading = time.monotonic() - begun
+        evaluation = _evaluation_data(loaded, options)
         verifier = Verifier(loaded, options.representative_data, options.seed)
         report = Report(
             created=started.isoformat(timespec="seconds"),
@@ -126,6 +127,8 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         report.steps.append(_load_step(loaded, loading))
         report.model = _model_facts(model, loaded)
         report.warnings += _warnings(verifier)
+        for rows in [*verifier.inputs.values(), *([evaluation] if evaluation else [])]:
+            report.warnings += [warning for warning in rows.warnings if warning not in report.warnings]
         optimized = loaded
         for name, chosen in tqdm(steps_wanted.steps, desc="passes", unit="pass", leave=False, disable=None):
             optimized, step = run_pass(optimized, name, chosen, verifier if options.verify else None)
@@ -133,8 +136,7 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
             if step.status == "undone":
                 report.warnings.append(f"{name} was undone: {step.notes[-1]}")
 
-        evaluation = _evaluation_data(loaded, options)
-        artifacts = _emit(optimized, verifier, workspace, options)
+        artifacts = _emit(optimized, workspace, options)
         assessment = Assessment(
             original=source,
             signature=main_signature(loaded),
@@ -362,7 +364,7 @@ def _representative(model: Model, source: str) -> dict[str, Dataset]:
     return rows
 
 
-def _emit(model: Model, verifier: Verifier, workspace: Workspace, options: Options) -> list[Artifact]:
+def _emit(model: Model, workspace: Workspace, options: Options) -> list[Artifact]:
     """Writes the serving model and the TFLite files into the workspace."""
     serving = workspace.path(f"serving/{options.version}")
     limit = options.max_constant_bytes
@@ -374,7 +376,11 @@ def _emit(model: Model, verifier: Verifier, workspace: Workspace, options: Optio
     if not names:
         return artifacts
     frozen = workspace.scratch / "device_model"
-    device = model.copy() if options.keep_batch else fix_batch(model, 1)
+    try:
+        device = model.copy() if options.keep_batch else fix_batch(model, 1)
+    except (ValueError, RuntimeError) as error:
+        reason = f"the batch cannot be fixed to 1 ({one_line(error)}); --keep_batch leaves it open"
+        return [*artifacts, *(Artifact(name, "tflite", rejected=f"{name}: {reason}") for name in names)]
     saved_model.save(device, frozen, max_constant_bytes=1 << 31)
     representative = _representative(model, options.representative_data) if options.representative_data else None
     converted = tflite.convert(
