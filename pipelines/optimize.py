@@ -37,6 +37,11 @@ flags.DEFINE_string(
     "Typical inputs, for verification and calibration: .npz keyed by input name, TFRecord glob of tf.Example, or "
     "python:module:function that returns a tf.data.Dataset.",
 )
+flags.DEFINE_string(
+    "labels",
+    None,
+    "Labelled training rows, in the same forms, for recipes that train; without them the original model teaches.",
+)
 flags.DEFINE_string("eval_data", None, "Labelled inputs, in the same forms; labels under --label.")
 flags.DEFINE_string("label", "label", "Array or feature of --eval_data that holds the labels.")
 flags.DEFINE_string("metric", "accuracy", "accuracy, top5, auc, f1, logloss, mse, rmse or mae.")
@@ -83,6 +88,7 @@ def main(argv: Sequence[str]) -> int:
             recipe=FLAGS.recipe,
             tflite=names(FLAGS.tflite),
             representative_data=FLAGS.representative_data,
+            labels=FLAGS.labels,
             eval_data=FLAGS.eval_data,
             metric=FLAGS.metric,
             eval_output=FLAGS.eval_output,

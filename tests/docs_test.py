@@ -24,7 +24,8 @@ def blocks(name: str, language: str) -> list[str]:
 
 def test_recipes_page_names_every_recipe_and_pass():
     text = (REPO / "docs" / "recipes.md").read_text()
-    for name, steps in recipe.NAMED.items():
+    for name, named in recipe.NAMED.items():
+        steps = named["passes"]
         (row,) = re.findall(rf"^\| `{name}`.*$", text, re.MULTILINE)
         if steps:
             assert row.split("|")[2].strip() == ", ".join(s if isinstance(s, str) else s["pass"] for s in steps)

@@ -21,6 +21,7 @@ from tfopt.environment import describe
 from tfopt.errors import TfoptError, one_line
 from tfopt.export import saved_model, tflite
 from tfopt.export.fixed_batch import fix_batch
+from tfopt.function import Function
 from tfopt.model import Model
 from tfopt.model import load as load_model
 from tfopt.publish import Workspace
@@ -42,6 +43,7 @@ class Options:
     recipe: str = "lossless"
     tflite: tuple[str, ...] | None = None
     representative_data: str | None = None
+    labels: str | None = None
     eval_data: str | None = None
     metric: str = "accuracy"
     eval_output: str | None = None
@@ -98,6 +100,8 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
     """
     started = datetime.datetime.now(datetime.UTC)
     steps_wanted = recipe.read(options.recipe)
+    if options.tflite is None:
+        options = dataclasses.replace(options, tflite=steps_wanted.tflite)
     _check(options)
     with Workspace(Path(output_dir), _targets(options), overwrite=options.overwrite) as workspace:
         source = sources.as_saved_model(
@@ -129,9 +133,9 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         report.warnings += _warnings(verifier)
         for rows in [*verifier.inputs.values(), *([evaluation] if evaluation else [])]:
             report.warnings += [warning for warning in rows.warnings if warning not in report.warnings]
-        optimized = loaded
+        optimized, data = loaded, _learning_data(loaded, evaluation, options)
         for name, chosen in tqdm(steps_wanted.steps, desc="passes", unit="pass", leave=False, disable=None):
-            optimized, step = run_pass(optimized, name, chosen, verifier if options.verify else None)
+            optimized, step = run_pass(optimized, name, chosen, verifier if options.verify else None, data)
             report.steps.append(step)
             if step.status == "undone":
                 report.warnings.append(f"{name} was undone: {step.notes[-1]}")
@@ -148,8 +152,9 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
             max_accuracy_drop=options.max_accuracy_drop,
             latency=options.measure_latency,
             threads=options.threads,
+            lossless=all(passes.get(name).lossless for name, _ in steps_wanted.steps),
         )
-        del loaded, optimized
+        del loaded, optimized, data
         gc.collect()  # sessions are in cycles, and hold their variables: measuring needs the memory of large weights
         _add_signatures(report.model, source, list(verifier.inputs))
         report.artifacts = assess(assessment, artifacts)
@@ -171,7 +176,9 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
     return Result(report, Path(output_dir), failed, not emitted)
 
 
-def run_pass(model: Model, name: str, options: dict[str, Any], verifier: Verifier | None) -> tuple[Model, Step]:
+def run_pass(
+    model: Model, name: str, options: dict[str, Any], verifier: Verifier | None, data: passes.Data | None = None
+) -> tuple[Model, Step]:
     """Runs one pass on a copy of a model, and keeps the copy only where its outputs are right.
 
     Args:
@@ -179,9 +186,13 @@ def run_pass(model: Model, name: str, options: dict[str, Any], verifier: Verifie
       name: of the pass.
       options: its options, already checked by `recipe.parse`.
       verifier: compares with the original; None skips that.
+      data: what a pass that learns is given.
 
     Returns:
       The model to go on with, and the record for the report.
+
+    Raises:
+      TfoptError: a pass that learns lacks data, or cannot do what it was asked for.
     """
     begun = time.monotonic()
     chosen = passes.get(name)
@@ -189,8 +200,12 @@ def run_pass(model: Model, name: str, options: dict[str, Any], verifier: Verifie
     rewritten = model.copy()
     problem = None
     try:
-        chosen.run(rewritten, log, **options)
+        chosen.run(rewritten, log, *([data] if chosen.learns else []), **options)
         rewritten.check()
+    except TfoptError as error:
+        if chosen.learns:
+            raise
+        problem = f"the pass failed: {error}"
     except Exception as error:  # whatever a pass or TensorFlow's optimizers raise, the model before it is sound
         logging.debug("pass %s failed", name, exc_info=True)
         problem = f"the pass failed: {type(error).__name__}: {one_line(error)}"
@@ -351,6 +366,38 @@ def _evaluation_data(model: Model, options: Options) -> Dataset | None:
     if data.labels is None:
         raise TfoptError(f"--eval_data={options.eval_data}: holds no labels under {options.label!r} (see --label)")
     return data
+
+
+def _learning_data(model: Model, evaluation: Dataset | None, options: Options) -> passes.Data:
+    """What passes that learn are given; read only where the owner named data."""
+    name = main_signature(model)
+
+    def rows(source: str | None, label: str) -> Dataset | None:
+        if source is None:
+            return None
+        return load(source, input_specs(model, name), feature_spec=features(model, name), label=label)
+
+    labelled = rows(options.labels, options.label)
+    if labelled is not None and labelled.labels is None:
+        raise TfoptError(f"--labels={options.labels}: holds no labels under {options.label!r} (see --label)")
+
+    def score(candidate: Model) -> float:
+        assert evaluation is not None
+        with Function(candidate) as function:
+            found = metrics.evaluate(
+                options.metric, lambda arrays: function(name, arrays), evaluation, options.eval_output
+            )
+        return -metrics.drop(metrics.Metric(options.metric, 0.0, found.samples), found)
+
+    return passes.Data(
+        signature=name,
+        teacher=model,
+        rows=rows(options.representative_data, "label"),
+        labelled=labelled,
+        score=score if evaluation is not None else None,
+        max_drop=options.max_accuracy_drop,
+        seed=options.seed,
+    )
 
 
 def _representative(model: Model, source: str) -> dict[str, Dataset]:

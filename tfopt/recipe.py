@@ -9,19 +9,22 @@ from typing import Any
 
 from tfopt.errors import TfoptError
 
-NAMED: dict[str, list[str | dict[str, Any]]] = {
-    "none": [],
-    "lossless": [
-        "prune_graph",
-        "merge_duplicates",
-        "fold_constants",
-        "prune_graph",
-        "fold_shapes",
-        "fold_affine",
-        "fold_constants",
-        "prune_graph",
-        "merge_duplicates",
-    ],
+_LOSSLESS: list[str | dict[str, Any]] = [
+    "prune_graph",
+    "merge_duplicates",
+    "fold_constants",
+    "prune_graph",
+    "fold_shapes",
+    "fold_affine",
+    "fold_constants",
+    "prune_graph",
+    "merge_duplicates",
+]
+
+# In the form of the JSON files: passes, and the TFLite files that the recipe is for.
+NAMED: dict[str, dict[str, Any]] = {
+    "none": {"passes": []},
+    "lossless": {"passes": _LOSSLESS},
 }
 
 
@@ -32,14 +35,17 @@ class Recipe:
     Attributes:
       name: for the report.
       steps: (pass name, options that differ from the pass's defaults), in order.
+      tflite: the TFLite files that it is for; None leaves them to the data and the model.
     """
 
     name: str
     steps: tuple[tuple[str, dict[str, Any]], ...]
+    tflite: tuple[str, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The form in which recipes are written as JSON."""
-        return {"name": self.name, "passes": [{"pass": name, **options} for name, options in self.steps]}
+        files = {} if self.tflite is None else {"tflite": list(self.tflite)}
+        return {"name": self.name, "passes": [{"pass": name, **options} for name, options in self.steps], **files}
 
 
 def read(source: str) -> Recipe:
@@ -47,13 +53,13 @@ def read(source: str) -> Recipe:
 
     Args:
       source: the name of one that ships with tfopt, or a JSON file: `{"name": ..., "passes": ["prune_graph",
-        {"pass": "fold_constants", "max_growth_bytes": 0}]}`, or just the list.
+        {"pass": "fold_constants", "max_growth_bytes": 0}], "tflite": ["int8"]}`, or just the list of passes.
 
     Raises:
       TfoptError: one line that names the recipe, the pass and what is wrong.
     """
     if source in NAMED:
-        return parse(NAMED[source], source)
+        return parse(NAMED[source]["passes"], source, NAMED[source].get("tflite"))
     path = Path(source)
     if path.suffix != ".json":
         raise TfoptError(f"unknown recipe {source!r}: choose from {', '.join(NAMED)}, or give a .json file")
@@ -65,12 +71,16 @@ def read(source: str) -> Recipe:
         raise TfoptError(f"recipe {source}: is not JSON: {error}") from error
     if isinstance(data, list):
         data = {"passes": data}
-    if not isinstance(data, dict) or not isinstance(data.get("passes"), list) or set(data) - {"name", "passes"}:
+    known = {"name", "passes", "tflite"}
+    if not isinstance(data, dict) or not isinstance(data.get("passes"), list) or set(data) - known:
         raise TfoptError(f"recipe {source}: expected a list of passes, or an object with 'name' and 'passes'")
-    return parse(data["passes"], str(data.get("name", path.stem)))
+    files = data.get("tflite")
+    if files is not None and not (isinstance(files, list) and all(isinstance(name, str) for name in files)):
+        raise TfoptError(f"recipe {source}: 'tflite' must be a list of names, received {files!r}")
+    return parse(data["passes"], str(data.get("name", path.stem)), files)
 
 
-def parse(steps: list[str | dict[str, Any]], name: str) -> Recipe:
+def parse(steps: list[str | dict[str, Any]], name: str, tflite: list[str] | None = None) -> Recipe:
     """Checks the steps of a recipe; see `read`."""
     from tfopt import passes  # TensorFlow is loaded here, not when flags are read
 
@@ -86,7 +96,8 @@ def parse(steps: list[str | dict[str, Any]], name: str) -> Recipe:
                 known = ", ".join(chosen.options) or "none"
                 raise TfoptError(f"{where}: {chosen.name} has no option {option!r}; its options: {known}")
             default = chosen.options[option]
-            if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, type(default)):
+            kinds = (int, float) if isinstance(default, float) else type(default)
+            if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, kinds):
                 raise TfoptError(
                     f"{where}: option {option!r} of {chosen.name} is {type(default).__name__}, received {value!r}"
                 )
@@ -95,4 +106,4 @@ def parse(steps: list[str | dict[str, Any]], name: str) -> Recipe:
             if needed not in earlier:
                 raise TfoptError(f"{where}: {chosen.name} needs {needed} before it; insert {needed!r} earlier")
         checked.append((chosen.name, options))
-    return Recipe(name, tuple(checked))
+    return Recipe(name, tuple(checked), None if tflite is None else tuple(tflite))

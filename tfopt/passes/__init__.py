@@ -10,11 +10,46 @@ from typing import Any
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
 
+from tfopt.data import Dataset
 from tfopt.errors import TfoptError
 from tfopt.graph import Graph, function_body, function_def
 from tfopt.inline import run_grappler
 from tfopt.model import Model
 from tfopt.variables import new_function_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a pass may learn from.
+
+    Attributes:
+      signature: the one that the rows are of.
+      teacher: the original model, never edited.
+      rows: representative inputs; None where there are none.
+      labelled: training rows with labels; None where there are none.
+      score: the owner's metric of a model, higher is better; None without evaluation data.
+      max_drop: how far the score may fall, in the metric's own units; None where the owner set no bar.
+      seed: of everything random.
+    """
+
+    signature: str
+    teacher: Model
+    rows: Dataset | None = None
+    labelled: Dataset | None = None
+    score: Callable[[Model], float] | None = None
+    max_drop: float | None = None
+    seed: int = 0
+
+    def need_rows(self, name: str) -> Dataset:
+        """The representative rows, or the labelled ones, for a pass that cannot do without.
+
+        Raises:
+          TfoptError: there are none.
+        """
+        rows = self.rows or self.labelled
+        if rows is None:
+            raise TfoptError(f"{name} learns from data: give --representative_data (or --labels)")
+        return rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +62,7 @@ class Pass:
       options: option name -> default; the type of the default is the type that the option must have.
       needs: passes that must have run earlier in a recipe.
       lossless: whether outputs must stay within rounding; such a pass is undone where they do not.
+      learns: whether `run` takes `Data` as its third argument.
     """
 
     name: str
@@ -34,6 +70,7 @@ class Pass:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     needs: tuple[str, ...] = ()
     lossless: bool = True
+    learns: bool = False
 
 
 def for_each_body(model: Model, edit: Callable[[Graph], int]) -> int:
