@@ -25,8 +25,9 @@ _TEMPLATE = re.compile(r'"(\w+\.(?:j2|css|js))"')
 
 
 def sources() -> list[Path]:
-    """Every Python file of the packages, relative to the repository."""
-    return sorted(file.relative_to(REPO) for name in PACKAGES for file in (REPO / name).rglob("*.py"))
+    """Every Python file of the packages, relative to the repository; what is cached in hidden folders is not ours."""
+    files = (file.relative_to(REPO) for name in PACKAGES for file in (REPO / name).rglob("*.py"))
+    return sorted(file for file in files if not any(part.startswith(".") for part in file.parts))
 
 
 @functools.cache
