@@ -1,0 +1,312 @@
+"""The loop of a training: w <- w - rate * gradient of the loss of f(weights, inputs), the best weights kept.
+
+It knows nothing of models: a function, its variables, rows, targets and a loss. What is best is said by the loss on
+rows that are not trained on, so that the end is never worse there than the beginning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+from tfopt.checkpoint import Checkpoint
+from tfopt.data import Dataset
+from tfopt.errors import TfoptError, one_line
+from tfopt.losses import Loss
+from tfopt.optimizers import NAMES, Optimizer, learning_rate
+
+Tensors = Mapping[str, tf.Tensor]
+Transform = Callable[[Mapping[str, tf.Variable]], Tensors]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    Attributes:
+      epochs: passes over the rows.
+      batch_size: rows a step; a signature with a fixed batch has its own.
+      learning_rate: its highest value; it rises for a short while, then falls to 0 along a cosine.
+      optimizer: "adam", "adamw" or "sgd" (with Nesterov momentum 0.9).
+      weight_decay: of adamw, for weights of two axes or more.
+      alpha: the share of the labels in the loss of a labelled row, the teacher's being the rest.
+      temperature: by which logits are divided before they are compared with the teacher's.
+      validation: the share of the rows that is not trained on but decides which weights are best; where that is less
+        than one row, or 0, all rows do both.
+      patience: epochs without a better validation loss after which the training stops; 0 never does.
+      max_steps: the most steps; 0 is no bound.
+      gradient_clip: the largest norm of all gradients together; 0 is no bound.
+      checkpoint_steps: how many steps a killed run loses at most, where it has a checkpoint directory.
+      seed: of the order of the rows.
+    """
+
+    epochs: int = 5
+    batch_size: int = 64
+    learning_rate: float = 1e-4
+    optimizer: str = "adam"
+    weight_decay: float = 1e-4
+    alpha: float = 0.5
+    temperature: float = 1.0
+    validation: float = 0.1
+    patience: int = 3
+    max_steps: int = 0
+    gradient_clip: float = 1.0
+    checkpoint_steps: int = 500
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.optimizer not in NAMES:
+            raise TfoptError(f"optimizer: choose from {', '.join(NAMES)}; received {self.optimizer!r}")
+        least = {"epochs": 0, "batch_size": 1, "patience": 0, "max_steps": 0, "checkpoint_steps": 1}
+        least |= {"learning_rate": 0, "weight_decay": 0, "gradient_clip": 0, "alpha": 0, "validation": 0, "seed": 0}
+        for name, bound in least.items():
+            if not bound <= getattr(self, name) < math.inf:
+                raise TfoptError(f"{name}: must be at least {bound}, received {getattr(self, name)}")
+        if self.alpha > 1 or self.validation >= 1 or not 0 < self.temperature < math.inf:
+            raise TfoptError(
+                "alpha must be at most 1, validation below 1 and temperature above 0; received "
+                f"{self.alpha}, {self.validation} and {self.temperature}"
+            )
+
+
+@dataclasses.dataclass
+class History:
+    """What a training did.
+
+    Attributes:
+      losses: the mean loss of each epoch's steps.
+      validation: the loss on the validation rows, before the first step and after each epoch.
+      steps: how many steps were taken.
+      best_step: after which the weights are those that were kept; 0 for the initial ones.
+      stopped: why it ended: "all epochs done", or what came before.
+      rows: how many were trained on.
+      validation_rows: how many decided which weights are best.
+      trained: names of the variables that have a gradient.
+      seconds: of this process; a run that was resumed took longer.
+    """
+
+    losses: list[float] = dataclasses.field(default_factory=list)
+    validation: list[float] = dataclasses.field(default_factory=list)
+    steps: int = 0
+    best_step: int = 0
+    stopped: str = ""
+    rows: int = 0
+    validation_rows: int = 0
+    trained: list[str] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+
+
+def train(
+    function: Callable[[Tensors, Tensors], Tensors],
+    variables: Mapping[str, tf.Variable],
+    rows: Dataset,
+    targets: Mapping[str, np.ndarray],
+    loss: Loss,
+    settings: Settings,
+    *,
+    transform: Transform | None = None,
+    checkpoint: str | Path | None = None,
+    fixed_batch: bool = False,
+    title: str = "training",
+) -> History:
+    """Trains variables, which hold the best values at the end.
+
+    Args:
+      function: f(weights, inputs) -> outputs, all by name (see `tfopt.differentiable`).
+      variables: name -> float variable.
+      rows: the inputs.
+      targets: what the loss compares outputs with, by name; as many rows.
+      loss: (outputs, targets) -> (rows,), see `tfopt.losses`.
+      settings: how to train.
+      transform: makes the weights of the variables (a mask, a quantizer); what it leaves out is taken as it is.
+      checkpoint: a directory for the state; a killed run that is started again goes on from there, and ends with the
+        same weights as one that was not killed.
+      fixed_batch: whether the function takes batches of just `settings.batch_size`.
+      title: of the progress bar.
+
+    Raises:
+      TfoptError: nothing to train, an op without a gradient, or a checkpoint of another training.
+    """
+    begin = time.monotonic()
+    loop = _Loop(function, variables, rows, targets, loss, settings, transform, fixed_batch)
+    saved = Checkpoint(Path(checkpoint), loop.fingerprint()) if checkpoint else None
+    loop.start(saved)
+    with tqdm(total=loop.total, initial=loop.step, desc=title, unit="step", leave=False, disable=None) as bar:
+        while not loop.history.stopped:
+            loop.advance()
+            bar.update(1)
+            if loop.history.validation:
+                bar.set_postfix(validation=f"{loop.history.validation[-1]:.4g}", refresh=False)
+            if saved and (loop.history.stopped or loop.at_epoch_end or loop.step % settings.checkpoint_steps == 0):
+                loop.save(saved)
+    loop.finish()
+    loop.history.seconds = time.monotonic() - begin
+    return loop.history
+
+
+class _Loop:
+    """The state of a training between two steps."""
+
+    def __init__(
+        self,
+        function: Callable[[Tensors, Tensors], Tensors],
+        variables: Mapping[str, tf.Variable],
+        rows: Dataset,
+        targets: Mapping[str, np.ndarray],
+        loss: Loss,
+        settings: Settings,
+        transform: Transform | None,
+        fixed_batch: bool,
+    ):
+        if not variables:
+            raise TfoptError("there is nothing to train: no variable was given")
+        self.settings = settings
+        self._rows, self._targets = rows, dict(targets)
+        self._names, self._variables = list(variables), list(variables.values())
+        self._optimizer = Optimizer(settings.optimizer, self._variables, settings.weight_decay)
+        order = np.random.default_rng(settings.seed).permutation(len(rows))
+        held = int(len(rows) * settings.validation)
+        self._held, self._train = np.sort(order[:held]) if held else order, order[held:]
+        size = settings.batch_size
+        self._batch = size if fixed_batch else min(size, len(self._train))
+        self.per_epoch = max(1, len(self._train) // self._batch)
+        self.total = self.per_epoch * settings.epochs
+        if settings.max_steps:
+            self.total = min(self.total, settings.max_steps)
+        self.step = 0
+        self.history = History(rows=len(self._train), validation_rows=len(self._held))
+        self._running: list[float] = []  # losses of this epoch's steps
+        self._best: list[np.ndarray] = []
+        self._best_loss = math.inf
+        self._order = (-1, order)
+
+        def losses(inputs: Tensors, wanted: Tensors) -> tf.Tensor:
+            weights: Tensors = dict(variables)
+            if transform is not None:
+                weights = {**weights, **transform(variables)}
+            return loss(function(weights, inputs), wanted)
+
+        # The seam for tf.distribute: these two are all that runs on a device.
+        @tf.function(autograph=False)
+        def step(inputs: Tensors, wanted: Tensors, rate: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(self._variables)
+                mean = tf.reduce_mean(losses(inputs, wanted))
+            gradients = tape.gradient(mean, self._variables)
+            self.history.trained = [n for n, g in zip(self._names, gradients, strict=True) if g is not None]
+            if settings.gradient_clip:
+                gradients, _ = tf.clip_by_global_norm(gradients, settings.gradient_clip)
+            self._optimizer.apply(gradients, rate, number)
+            return mean
+
+        self._step = step
+        self._losses = tf.function(losses, autograph=False)
+
+    def fingerprint(self) -> str:
+        """What makes two trainings the same: settings, initial weights, rows and targets."""
+        digest = hashlib.sha256(repr(self.settings).encode())
+        arrays: dict[str, Any] = {n: v.numpy() for n, v in zip(self._names, self._variables, strict=True)}
+        for name, array in [*arrays.items(), *self._rows.inputs.items(), *self._targets.items()]:
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            data = repr(array.tolist()).encode() if array.dtype.kind == "O" else np.ascontiguousarray(array)
+            digest.update(data if isinstance(data, bytes) else data.reshape(-1).view(np.uint8).data)
+        return digest.hexdigest()
+
+    def start(self, saved: Checkpoint | None) -> None:
+        """Goes to where the checkpoint left off, or to the beginning."""
+        state = saved.restore() if saved else None
+        if state is None:
+            self._judge()
+            self._end()
+            return
+        progress, arrays = state
+        count = len(self._variables)
+        for variable, value in zip([*self._variables, *self._optimizer.slots], arrays, strict=False):
+            variable.assign(value)
+        self._best = arrays[-count:]
+        self.step, self._running, self._best_loss = progress["step"], progress["running"], progress["best_loss"]
+        self.history = History(**progress["history"])
+
+    def save(self, saved: Checkpoint) -> None:
+        """Writes everything that the next step depends on; the order of the rows follows from seed and step."""
+        progress = {
+            **{"step": self.step, "running": self._running, "best_loss": self._best_loss},
+            "history": dataclasses.asdict(self.history),
+        }
+        arrays = [variable.numpy() for variable in [*self._variables, *self._optimizer.slots]]
+        saved.save(progress, [*arrays, *self._best])
+
+    @property
+    def at_epoch_end(self) -> bool:
+        """Whether the last step was the last of an epoch, or of all."""
+        return self.step % self.per_epoch == 0 or self.step == self.total
+
+    def advance(self) -> None:
+        """Takes a step; after the last one of an epoch, sees whether the weights are better."""
+        epoch, position = divmod(self.step, self.per_epoch)
+        if self._order[0] != epoch:
+            order = np.random.default_rng([self.settings.seed, epoch]).permutation(self._train)
+            self._order = (epoch, np.resize(order, max(len(order), self._batch)))
+        chosen = self._order[1][position * self._batch : (position + 1) * self._batch]
+        rate = learning_rate(self.settings.learning_rate, self.step, self.total)
+        try:
+            mean = self._step(*self._take(chosen), tf.constant(rate, tf.float32), tf.constant(self.step + 1.0))
+        except (LookupError, tf.errors.OpError, ValueError) as error:
+            raise TfoptError(f"the model cannot be trained: {one_line(error)}") from error
+        if not self.history.trained:
+            raise TfoptError("the model cannot be trained: none of its weights has a gradient")
+        self.step = self.history.steps = self.step + 1
+        self._running.append(float(mean))
+        if not math.isfinite(self._running[-1]):
+            self.history.stopped = f"the loss is not finite at step {self.step}"
+        elif self.at_epoch_end:
+            self.history.losses.append(math.fsum(self._running) / len(self._running))
+            self._running = []
+            self._judge()
+            self._end()
+
+    def _judge(self) -> None:
+        """Validates the weights, and keeps them where they are the best so far."""
+        found = []
+        for start in range(0, len(self._held), self._batch):
+            chosen = self._held[start : start + self._batch]
+            padded = np.resize(chosen, self._batch)  # one shape, so one trace
+            found.append(self._losses(*self._take(padded)).numpy()[: len(chosen)])
+        value = float(np.mean(np.concatenate(found), dtype=np.float64))
+        self.history.validation.append(value)
+        if value < self._best_loss or not self._best:
+            self._best = [variable.numpy() for variable in self._variables]
+            self._best_loss, self.history.best_step = (value if math.isfinite(value) else math.inf), self.step
+
+    def _end(self) -> None:
+        """Says why the training is over, if it is."""
+        values = self.history.validation
+        waited = len(values) - 1 - int(np.argmin(np.nan_to_num(values, nan=math.inf)))
+        if not math.isfinite(values[-1]):
+            self.history.stopped = f"the validation loss is not finite after step {self.step}"
+        elif self.step == self.total:
+            short = self.total < self.per_epoch * self.settings.epochs
+            self.history.stopped = f"max_steps ({self.settings.max_steps}) reached" if short else "all epochs done"
+        elif self.settings.patience and waited >= self.settings.patience:
+            self.history.stopped = f"no better validation loss for {waited} epochs"
+
+    def finish(self) -> None:
+        """Gives the variables their best values."""
+        for variable, value in zip(self._variables, self._best, strict=True):
+            variable.assign(value)
+
+    def _take(self, chosen: np.ndarray) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
+        inputs = {n: a if n in self._rows.whole else a[chosen] for n, a in self._rows.inputs.items()}
+        return (
+            {name: tf.constant(array) for name, array in inputs.items()},
+            {name: tf.constant(array[chosen]) for name, array in self._targets.items()},
+        )
