@@ -20,6 +20,7 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tfopt.graph import WEIGHT_ELEMENTS, Graph, function_body, make_node, split
 from tfopt.inline import label, tensor_names
 from tfopt.model import Model
+from tfopt.rewrite import has_effect
 
 _LINEAR = (
     *("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum", "_FusedMatMul"),
@@ -52,9 +53,9 @@ def promote(model: Model, signature: str, *, ranges: bool = False) -> list[str]:
       ranges: also the minima and maxima of fake quantization, scalars too.
 
     Returns:
-      The names of all trainable weights, in the order of the graph; those that were weights already included.
+      The names of all trainable weights, sorted; those that were weights already included.
     """
-    return [*_Search(model, signature, ranges).promoted()]
+    return sorted(_Search(model, signature, ranges).promoted())
 
 
 def demote(model: Model, names: Iterable[str]) -> None:
@@ -184,9 +185,12 @@ def _source(node: NodeDef) -> bool:
 def _value(graph: Graph, node: NodeDef) -> np.ndarray | None:
     if node.name in graph.weights:
         return graph.weights[node.name]
-    if node.op != "Const" or node.input or node.attr["dtype"].type != tf.float32.as_datatype_enum:
+    if node.op != "Const" or node.attr["dtype"].type != tf.float32.as_datatype_enum:
         return None
-    return graph.constant(node.name)
+    before = graph.reachable(graph.control_inputs(node))  # where nothing of it has an effect, nothing is lost
+    if any(has_effect(graph.nodes[name]) or graph.nodes[name].op in ("Switch", "Merge") for name in before):
+        return None
+    return tf.make_ndarray(node.attr["value"].tensor)
 
 
 def _make_weight(graph: Graph, name: str, value: np.ndarray) -> None:

@@ -146,7 +146,7 @@ def train(
             bar.update(1)
             if loop.history.validation:
                 bar.set_postfix(validation=f"{loop.history.validation[-1]:.4g}", refresh=False)
-            if saved and (loop.history.stopped or loop.at_epoch_end or loop.step % settings.checkpoint_steps == 0):
+            if saved and (loop.history.stopped or loop.step % settings.checkpoint_steps == 0):
                 loop.save(saved)
     loop.finish()
     loop.history.seconds = time.monotonic() - begin
@@ -245,11 +245,6 @@ class _Loop:
         arrays = [variable.numpy() for variable in [*self._variables, *self._optimizer.slots]]
         saved.save(progress, [*arrays, *self._best])
 
-    @property
-    def at_epoch_end(self) -> bool:
-        """Whether the last step was the last of an epoch, or of all."""
-        return self.step % self.per_epoch == 0 or self.step == self.total
-
     def advance(self) -> None:
         """Takes a step; after the last one of an epoch, sees whether the weights are better."""
         epoch, position = divmod(self.step, self.per_epoch)
@@ -268,7 +263,7 @@ class _Loop:
         self._running.append(float(mean))
         if not math.isfinite(self._running[-1]):
             self.history.stopped = f"the loss is not finite at step {self.step}"
-        elif self.at_epoch_end:
+        elif self.step % self.per_epoch == 0 or self.step == self.total:
             self.history.losses.append(math.fsum(self._running) / len(self._running))
             self._running = []
             self._judge()
