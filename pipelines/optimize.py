@@ -28,7 +28,9 @@ flags.DEFINE_string("recipe", "lossless", "Name of a recipe that ships with tfop
 flags.DEFINE_list(
     "tflite",
     None,
-    "TFLite files to emit: float32, float16, dynamic_int8, int8. Empty: none. Not given: float32 and dynamic_int8, and "
+    "TFLite files to emit (docs/devices.md says which to choose): float32, float16, dynamic_int8, dynamic_int4, "
+    "dynamic_int4_b32, _b64, _b128 or _b256 (in blocks), weight_int8, weight_int4, int8, int16x8 (int8 weights, int16 "
+    "activations), int4, mixed. Empty: none. Not given: what the recipe is for, or else float32 and dynamic_int8, and "
     "int8 where there is representative data.",
 )
 flags.DEFINE_string(
@@ -52,7 +54,14 @@ flags.DEFINE_integer("seed", 0, "Of everything random.")
 flags.DEFINE_bool("overwrite", False, "Replace what an earlier run wrote to --output_dir.")
 flags.DEFINE_integer("version", 1, "Version directory under serving/.", lower_bound=1)
 flags.DEFINE_enum("verify", "on", ["on", "off"], "Compare outputs before and after each pass.")
-flags.DEFINE_enum("io_type", "float32", ["float32", "int8"], "Type of the inputs and outputs of int8 files.")
+flags.DEFINE_enum("io_type", "float32", ["float32", "int8"], "Type of inputs and outputs of int8, int4, mixed files.")
+flags.DEFINE_enum(
+    "runtime",
+    "litert",
+    ["litert", "tflite-2.14"],
+    "Runtime that the TFLite files are for; tflite-2.14 is the frozen tflite-runtime: what it cannot run is refused.",
+)
+flags.DEFINE_bool("all_integer", False, "Refuse int8, int16x8, int4 and mixed files in which an op was left in float.")
 flags.DEFINE_bool("keep_batch", False, "Keep the batch of TFLite files dynamic instead of fixing it to 1.")
 flags.DEFINE_bool("allow_select_tf_ops", False, "Let TFLite files use TensorFlow ops, which need the Flex delegate.")
 flags.DEFINE_integer(
@@ -100,6 +109,8 @@ def main(argv: Sequence[str]) -> int:
             version=FLAGS.version,
             verify=FLAGS.verify == "on",
             io_type=FLAGS.io_type,
+            runtime=FLAGS.runtime,
+            all_integer=FLAGS.all_integer,
             keep_batch=FLAGS.keep_batch,
             allow_select_tf_ops=FLAGS.allow_select_tf_ops,
             max_constant_bytes=FLAGS.max_constant_bytes,

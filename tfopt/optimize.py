@@ -29,8 +29,6 @@ from tfopt.report import Artifact, Refusal, Report, Step
 from tfopt.rewrite import Log
 from tfopt.verify import Verifier, features, input_specs
 
-TFLITE_NAMES = tflite.NAMES
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -55,6 +53,8 @@ class Options:
     version: int = 1
     verify: bool = True
     io_type: str = "float32"
+    runtime: str = "litert"
+    all_integer: bool = False
     keep_batch: bool = False
     allow_select_tf_ops: bool = False
     max_constant_bytes: int | None = None
@@ -279,11 +279,13 @@ def _summary(chosen: passes.Pass) -> str:
 
 def _check(options: Options) -> None:
     """Raises what can be known to be wrong before any work is done."""
+    try:
+        tflite.check_names(options.tflite or ())
+    except TfoptError as error:
+        raise TfoptError(f"--tflite: {error}") from error
     for name in options.tflite or ():
-        if name not in TFLITE_NAMES:
-            raise TfoptError(f"--tflite: unknown name {name!r}; choose from {', '.join(TFLITE_NAMES)}")
-    if options.tflite and "int8" in options.tflite and not options.representative_data:
-        raise TfoptError("--tflite=int8 needs --representative_data: full integer quantization calibrates on it")
+        if name in tflite.STATIC and not options.representative_data:
+            raise TfoptError(f"--tflite={name} needs --representative_data: integer activations are calibrated on it")
     if options.metric not in metrics.METRICS:
         raise TfoptError(f"--metric: unknown {options.metric!r}; choose from {', '.join(metrics.METRICS)}")
     if options.max_accuracy_drop is not None and not options.eval_data:
@@ -294,6 +296,8 @@ def _check(options: Options) -> None:
         )
     if options.io_type not in tflite.IO_TYPES:
         raise TfoptError(f"--io_type: choose from {', '.join(tflite.IO_TYPES)}; received {options.io_type!r}")
+    if options.runtime not in tflite.RUNTIMES:
+        raise TfoptError(f"--runtime: choose from {', '.join(tflite.RUNTIMES)}; received {options.runtime!r}")
 
 
 def _targets(options: Options) -> list[str]:
@@ -436,6 +440,8 @@ def _emit(model: Model, workspace: Workspace, options: Options) -> list[Artifact
         workspace.path("device"),
         representative=representative,
         io_type=options.io_type,
+        runtime=options.runtime,
+        all_integer=options.all_integer,
         allow_select_tf_ops=options.allow_select_tf_ops,
     )
     for result in converted:

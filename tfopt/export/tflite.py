@@ -1,11 +1,11 @@
-"""SavedModel -> TFLite files for devices: float32, float16, dynamic_int8 and int8.
+"""SavedModel -> TFLite files for devices: float, quantized weights, and integer activations (docs/devices.md).
 
 The work is done in a child process (tflite_worker.py): the converter, the quantizers and the interpreter are native
 code, and what aborts there ends in an error line of one file. A file appears under its name when it is complete.
 
-Full integer quantization is done twice, by the converter and by litert-quantizer, and the better file is kept: an
-all-integer one before one with float ops, then the one with the higher signal-to-noise ratio of its outputs against
-those of the float32 file on the representative data. Neither wins on all models.
+A quantized file is made by every engine that can make it (tflite_kinds.py), each result is run, and the best is kept:
+all-integer before one with float ops where activations are integers, then the highest signal-to-noise ratio of the
+outputs against those of the float32 file on the representative data; among those within 0.5 dB of it, the smallest.
 """
 
 from __future__ import annotations
@@ -14,22 +14,21 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from tfopt.child import Child, ChildError
 from tfopt.data import Dataset
 from tfopt.errors import TfoptError
+from tfopt.export.tflite_choice import Candidate, choose, decibel, grouped, left
+from tfopt.export.tflite_kinds import LITERT, NAMES, OLD, RUNTIMES, STATIC, Engine, engines
+from tfopt.export.tflite_rows import not_finite, pick
 
-NAMES = ("float32", "float16", "dynamic_int8", "int8")
 IO_TYPES = ("float32", "int8")
 CALIBRATION_ROWS = 200
-
-_CONVERTER, _QUANTIZER = "the converter", "litert-quantizer"
+_OLD_WORDS = "tflite-runtime 2.14 cannot run it: "
 
 
 @dataclass(frozen=True)
@@ -41,23 +40,38 @@ class Converted:
         path: of the file; None where there is none.
         error: why there is none, in one line.
         notes: what a reader of the report should know.
+        engine: which of the engines made it.
+        snr: signal-to-noise ratio of the worst output against float32, in dB; None where nothing was compared.
     """
 
     name: str
     path: Path | None
     error: str | None = None
     notes: tuple[str, ...] = ()
+    engine: str | None = None
+    snr: float | None = None
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises TfoptError for a name that is none of NAMES."""
+    for name in names:
+        if "int2" in name.split("_"):
+            raise TfoptError(f"{name!r}: 2-bit weights are not made, since CONV_2D gives NaN with them")
+        if name not in NAMES:
+            raise TfoptError(f"unknown name {name!r}; choose from {', '.join(NAMES)}")
 
 
 def convert(
     saved_model_dir: str | Path,
-    names: Sequence[str] = NAMES,
+    names: Sequence[str] = ("float32", "float16", "dynamic_int8", "int8"),
     output_dir: str | Path = "device",
     *,
     representative: Mapping[str, Dataset] | None = None,
     io_type: str = "float32",
+    runtime: str = LITERT,
+    all_integer: bool = False,
+    fake_quantized: str | Path | None = None,
     allow_select_tf_ops: bool = False,
-    per_channel_dense: bool = False,
     calibration_rows: int = CALIBRATION_ROWS,
     timeout: float = 1800,
 ) -> list[Converted]:
@@ -68,14 +82,16 @@ def convert(
 
     Args:
         saved_model_dir: as `saved_model.save` writes it: v1 style, weights as constants, the batch fixed or not.
-        names: what to make.
+        names: what to make, of NAMES.
         output_dir: made where missing; existing files of these names are replaced.
-        representative: rows by signature, for calibrating int8; also the data on which quantized files are compared
-            with float32.
-        io_type: type of the inputs and outputs of the int8 file, where the original's are float32.
+        representative: rows by signature, for calibrating integer activations; also the data on which quantized files
+            are compared with float32.
+        io_type: type of the inputs and outputs of int8, int4 and mixed files, where the original's are float32.
+        runtime: "litert", or "tflite-2.14": only what the frozen tflite-runtime runs; the rest is refused.
+        all_integer: refuse int8, int16x8, int4 and mixed files in which an op was left in float.
+        fake_quantized: a SavedModel like the first, whose graph holds fake-quant nodes: int8, int4 and mixed files take
+            their ranges from these, and need no representative rows.
         allow_select_tf_ops: let ops without a TFLite kernel through; the device then needs the Flex delegate.
-        per_channel_dense: in dynamic_int8, one scale for each output of a fully connected layer instead of one for
-            all of them: closer to float32, and not loadable by tflite-runtime 2.14 (FULLY_CONNECTED version 12).
         calibration_rows: how many rows, evenly spaced, to use of the representative data.
         timeout: seconds for one step (one conversion, calibration or comparison).
 
@@ -83,17 +99,18 @@ def convert(
         One result for each of `names`, in their order.
 
     Raises:
-        TfoptError: an unknown name or io_type.
+        TfoptError: an unknown name, io_type or runtime.
     """
-    for name in names:
-        if name not in NAMES:
-            raise TfoptError(f"unknown TFLite file '{name}'; choose from {', '.join(NAMES)}")
-    if io_type not in IO_TYPES:
-        raise TfoptError(f"unknown io_type '{io_type}'; choose from {', '.join(IO_TYPES)}")
+    check_names(names)
+    for what, value, known in (("io_type", io_type, IO_TYPES), ("runtime", runtime, RUNTIMES)):
+        if value not in known:
+            raise TfoptError(f"unknown {what} '{value}'; choose from {', '.join(known)}")
     with tempfile.TemporaryDirectory(prefix="tfopt-tflite-") as work:
-        options = {"select": allow_select_tf_ops, "per_channel_dense": per_channel_dense, "io_type": io_type}
-        rows = {key: _pick(dataset, calibration_rows) for key, dataset in (representative or {}).items()}
-        with _Conversion(Path(saved_model_dir), Path(work), rows, options, timeout) as conversion:
+        options = {"select": allow_select_tf_ops, "io_type": io_type, "runtime": runtime, "all_integer": all_integer}
+        ranges = Path(fake_quantized) if fake_quantized else None
+        rows = {key: pick(dataset, calibration_rows) for key, dataset in (representative or {}).items()}
+        bad = {key: reason for key, data in (representative or {}).items() if (reason := not_finite(key, data))}
+        with _Conversion(Path(saved_model_dir), Path(work), rows, bad, ranges, options, timeout) as conversion:
             made = {name: conversion.make(name) for name in dict.fromkeys(names)}
             made = {name: conversion.alias(result) for name, result in made.items()}
         return [_publish(made[name], Path(output_dir)) for name in names]
@@ -103,11 +120,20 @@ class _Conversion:
     """One run: a child that is replaced when it dies, and the float32 file on which all others stand."""
 
     def __init__(
-        self, saved_model: Path, work: Path, rows: Mapping[str, Any], options: Mapping[str, Any], timeout: float
+        self,
+        saved_model: Path,
+        work: Path,
+        rows: Mapping[str, Any],
+        bad_rows: Mapping[str, str],
+        fake_quantized: Path | None,
+        options: Mapping[str, Any],
+        timeout: float,
     ):
         self._saved_model, self._work, self._rows, self._timeout = saved_model, work, rows, timeout
+        self._bad_rows, self._fake_quantized, self._options = bad_rows, fake_quantized, options
         (work / "rows.pickle").write_bytes(pickle.dumps(dict(rows)))
         self._common = {"saved_model": str(saved_model), "rows": str(work / "rows.pickle"), **options}
+        self._base = work / "float32.tflite"
         self._child: Child | None = None
         self._float32: Converted | None = None
         self._inputs: dict[str, list[str]] = {}  # by signature
@@ -127,20 +153,27 @@ class _Conversion:
             self._float32 = self._make_float32()
         if name == "float32":
             return self._float32
-        if self._float32.error:
+        if not self._signatures:
             return Converted(name, None, f"{name} stands on {self._float32.error}")
-        left_out = tuple(note for note in self._float32.notes if "left out" in note)
-        if name == "int8":
-            return self._make_int8(left_out)
-        found = self._try(name, _CONVERTER)
-        if isinstance(found, str):
-            return Converted(name, None, f"{name}: {found}")
-        path, facts = found
-        if not facts["quantized"]:
-            return Converted(
-                name, None, f"{name}: nothing to quantize: the float32 file has no weights large enough for it"
+        notes = tuple(note for note in self._float32.notes if "left out" in note)
+        keys, static = self._signatures, name in STATIC
+        candidates = engines(name, self._options["runtime"], self._fake_quantized)
+        if not candidates:
+            return Converted(name, None, f"{name} needs a graph with fake-quant nodes; choose a recipe that makes one")
+        if static and candidates[0].needs_rows:
+            # Without data, nobody knows the ranges of a signature's activations.
+            keys = [key for key in self._signatures if key in self._rows or not self._inputs[key]]
+            missing = sorted(set(self._signatures) - set(keys))
+            if missing and not any(self._inputs[key] for key in keys):
+                why = f"needs representative data for signature '{missing[0]}'; give it, or drop {name}"
+                return Converted(name, None, f"{name} {why}")
+            for key in keys:
+                if key in self._bad_rows:
+                    return Converted(name, None, f"{name} cannot be calibrated: {self._bad_rows[key]}")
+            notes += tuple(
+                f"signature '{key}' was left out of {name}: it has no representative data" for key in missing
             )
-        return Converted(name, path, notes=(*left_out, *_ratio(facts), *facts["notes"]))
+        return self._best(name, candidates, keys, notes)
 
     def alias(self, made: Converted) -> Converted:
         """Adds the other names of its signatures to a finished file."""
@@ -158,84 +191,90 @@ class _Conversion:
         except ChildError as error:
             return Converted("float32", None, f"{self._saved_model} cannot be read: {error}")
         keys, notes = sorted(self._inputs), []
-        self._signatures = keys
-        found = self._try("float32", _CONVERTER)
+        (engine,) = engines("float32")
+        found = self._try("float32", engine, self._base, keys)
+        self._signatures = [] if isinstance(found, str) else keys
         if isinstance(found, str) and len(keys) > 1:
             # One that cannot be converted hides the others: take them one by one.
-            reasons = {}
-            for key in keys:
-                self._signatures = [key]
-                alone = self._try("float32", _CONVERTER)
-                if isinstance(alone, str):
-                    reasons[key] = alone
-            self._signatures = [key for key in keys if key not in reasons]
-            if self._signatures:
-                found = self._try("float32", _CONVERTER)
+            alone = {key: self._try("float32", engine, self._base, [key]) for key in keys}
+            reasons = {key: result for key, result in alone.items() if isinstance(result, str)}
+            if len(reasons) < len(keys):
+                self._signatures = [key for key in keys if key not in reasons]
+                found = self._try("float32", engine, self._base, self._signatures)
                 notes = [f"signature '{key}' was left out: {reason}" for key, reason in reasons.items()]
         if isinstance(found, str):
+            self._signatures = []
             return Converted("float32", None, f"float32: {found}")
-        path, facts = found
-        return Converted("float32", path, notes=(*notes, *facts["notes"]))
+        if refused := self._refused(found):  # the others may still do without
+            return Converted("float32", None, f"float32: {refused}", (*notes,))
+        return Converted("float32", found.path, None, (*notes, *found.facts["notes"]), engine.by)
 
-    def _make_int8(self, notes: tuple[str, ...]) -> Converted:
-        # Without data, nobody knows the ranges of a signature's activations.
-        keys = [key for key in self._signatures if key in self._rows or not self._inputs[key]]
-        missing = sorted(set(self._signatures) - set(keys))
-        if missing and not any(self._inputs[key] for key in keys):
-            return Converted(
-                "int8", None, f"int8 needs representative data for signature '{missing[0]}'; give it, or drop int8"
-            )
-        notes += tuple(f"signature '{key}' was left out of int8: it has no representative data" for key in missing)
-        found: dict[str, tuple[Path, dict[str, Any]]] = {}
-        reasons = {}
-        for by in (_CONVERTER, _QUANTIZER):
-            result = self._try("int8", by, keys)
+    def _best(self, name: str, candidates: list[Engine], keys: list[str], notes: tuple[str, ...]) -> Converted:
+        found: list[Candidate] = []
+        reasons: dict[str, str] = {}
+        compared = any(key in self._rows for key in keys)
+        contents: set[bytes] = set()
+        for number, engine in enumerate(candidates):
+            if engine.needs_rows and not compared and any(self._inputs[key] for key in keys):
+                continue
+            if found and not compared:
+                break  # nothing to choose by
+            result = self._try(name, engine, self._work / f"{name}-{number}.tflite", keys)
             if isinstance(result, str):
-                reasons[by] = result
-            elif not result[1]["quantized"]:
-                reasons[by] = "nothing to quantize"
-            else:
-                found[by] = result
+                reasons[engine.by] = result
+            elif refused := self._refused(result):
+                reasons[engine.by] = refused
+            elif (content := result.path.read_bytes()) not in contents:
+                contents.add(content)
+                found.append(result)
         if not found:
-            same = len(set(reasons.values())) == 1
-            why = reasons[_CONVERTER] if same else "; ".join(f"{by}: {reason}" for by, reason in reasons.items())
-            return Converted("int8", None, f"int8: {why}")
+            why = grouped(reasons, ": ") if len(set(reasons.values())) > 1 else next(iter(reasons.values()))
+            return Converted(name, None, f"{name}: {why}")
+        best = choose(found)
+        others = [f"{each.engine.by} gave {each}" for each in found if each is not best]
+        others += [grouped(reasons, " failed: ")] if reasons else []
+        if others:
+            notes += (f"quantized by {best.engine.by}, {best}; {'; '.join(others)}",)
+        if name in STATIC and best.facts["float_ops"]:
+            notes += (f"not all-integer: {left(best.facts)} left in float",)
+        if best.facts["snr"] is not None:
+            rows = f"on {best.facts['rows']} representative rows"
+            notes += (f"signal-to-noise ratio against float32, {rows}: {decibel(best.facts)}",)
+        notes += tuple(best.facts["notes"])
+        if best.size >= (full := self._base.stat().st_size):
+            notes += (f"no smaller than float32: {best.size:,} bytes against {full:,}",)
+        return Converted(name, best.path, None, notes, best.engine.by, best.facts["snr"])
 
-        def worth(by: str) -> tuple[bool, float]:
-            facts = found[by][1]
-            return not facts["float_ops"], -np.inf if facts["snr"] is None else facts["snr"]
+    def _refused(self, made: Candidate) -> str | None:
+        """Returns why a file that runs here is not what was asked for; adds a note where it only might not be."""
+        facts = made.facts
+        if made.path != self._base:
+            if not facts["quantized"]:
+                return "nothing to quantize: the float32 file has no weights large enough for it"
+            if facts["static"] and facts["float_ops"] and self._options["all_integer"]:
+                return f"no integer kernel for {left(facts)}, and all_integer leaves no op in float"
+        if facts["problems"]:
+            words = _OLD_WORDS + "; ".join(facts["problems"])
+            if self._options["runtime"] == OLD:
+                return words
+            facts["notes"].append(words)
+        return None
 
-        best = max(found, key=worth)
-        path, facts = found[best]
-        for by, (_, other) in found.items():
-            if by != best:
-                floats = f" and {sum(other['float_ops'].values())} float ops" if other["float_ops"] else ""
-                notes += (f"quantized by {best}, {_decibel(facts)}; {by} gave {_decibel(other)}{floats}",)
-        notes += tuple(f"quantized by {best}; {by} failed: {reason}" for by, reason in reasons.items())
-        if facts["float_ops"]:
-            left = ", ".join(f"{count} x {op}" for op, count in facts["float_ops"].items())
-            notes += (f"not all-integer: {left} left in float",)
-        return Converted("int8", path, notes=(*notes, *_ratio(facts), *facts["notes"]))
-
-    def _try(self, name: str, by: str, signatures: list[str] | None = None) -> tuple[Path, dict[str, Any]] | str:
+    def _try(self, name: str, engine: Engine, path: Path, signatures: list[str]) -> Candidate | str:
         """Makes a file and examines it.
 
         Returns:
-            The path and what was found out, or the reason why there is none.
+            The file and what was found out, or the reason why there is none.
         """
-        path = self._work / f"{name}-{by.split()[-1]}.tflite"
-        base = self._work / f"float32-{_CONVERTER.split()[-1]}.tflite"
-        keys = signatures or self._signatures
-        job = {**self._common, "signatures": keys, "path": str(path), "float32": str(base)}
+        job = {**self._common, "signatures": signatures, "path": str(path), "float32": str(self._base), "name": name}
         try:
-            notes = self._ask("quantize" if by == _QUANTIZER else "convert", name=name, **job)
-            facts = self._ask("examine", name=name, **job)
+            notes = self._ask(engine.task, **{**job, **engine.options})
+            facts = self._ask("examine", **job)
         except ChildError as error:
-            return str(error)
+            return str(error).replace(f"{path.name}: ", "")
         facts["notes"] = [*notes, *facts["notes"]]
-        if name != "float32" and (size := path.stat().st_size) >= (full := base.stat().st_size):
-            facts["notes"].append(f"no smaller than float32: {size:,} bytes against {full:,}")
-        return path, facts
+        facts["static"] = name in STATIC
+        return Candidate(engine, path, facts)
 
     def _ask(self, task: str, **job: Any) -> Any:
         if self._child is None or not self._child.alive:
@@ -243,24 +282,6 @@ class _Conversion:
                 self._child.close()
             self._child = Child("tfopt.export.tflite_worker:worker")
         return self._child.ask({"task": task, **self._common, **job}, self._timeout)
-
-
-def _pick(dataset: Dataset, limit: int) -> tuple[dict[str, np.ndarray], frozenset[str]]:
-    """Returns up to `limit` evenly spaced rows (sorted data would show one class only), and what has no rows."""
-    picks = np.unique(np.linspace(0, len(dataset) - 1, min(limit, len(dataset))).astype(int))
-    arrays = {n: array if n in dataset.whole else array[picks] for n, array in dataset.inputs.items()}
-    return arrays, dataset.whole
-
-
-def _decibel(facts: Mapping[str, Any]) -> str:
-    if facts["snr"] is None:
-        return "not compared"
-    return f"{facts['snr']:.1f} dB" if np.isfinite(facts["snr"]) else "no error"
-
-
-def _ratio(facts: Mapping[str, Any]) -> Iterable[str]:
-    if facts["snr"] is not None:
-        yield f"signal-to-noise ratio against float32, on {facts['rows']} representative rows: {_decibel(facts)}"
 
 
 def _publish(made: Converted, output_dir: Path) -> Converted:
@@ -272,4 +293,4 @@ def _publish(made: Converted, output_dir: Path) -> Converted:
     beside = output_dir / f".{made.name}.{os.getpid()}.tmp"
     shutil.copyfile(made.path, beside)
     beside.replace(final)
-    return Converted(made.name, final, None, made.notes)
+    return replace(made, path=final)

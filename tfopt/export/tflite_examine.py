@@ -1,0 +1,83 @@
+"""Loads and runs a .tflite file, and compares it with the float32 file on the representative rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tfopt import runtime
+from tfopt.errors import TfoptError
+from tfopt.export.tflite_file import TfliteFile
+from tfopt.export.tflite_old_runtime import problems
+from tfopt.export.tflite_rows import calls, probes
+
+_COMPARED_CALLS = 64
+
+
+def examine(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Examines `job["path"]` beside `job["float32"]`.
+
+    Returns:
+        quantized: number of weights that are int8, int4 or float16. float_ops: name -> number. problems: what keeps
+        tflite-runtime 2.14 from running it. snr: 10 log10(sum want^2 / sum (want - got)^2) in dB, of the worst output;
+        None without rows. rows: on how many. notes: the rest.
+
+    Raises:
+        TfoptError: it does not load, does not run, or gives outputs that are not finite where float32's are.
+    """
+    file = TfliteFile(job["path"])
+    facts: dict[str, Any] = {
+        "quantized": file.weights("INT8", "INT4", "FLOAT16"),
+        "float_ops": file.float_ops(),
+        "problems": problems(file),
+        "snr": None,
+        "rows": 0,
+        "notes": [],
+    }
+    if flex := file.select_ops():
+        facts["notes"] += [
+            f"needs the Flex delegate for {', '.join(flex)}; not run here, since ai_edge_litert has none"
+        ]
+        return facts
+    # Fewer than for calibration: a ratio settles sooner than the extremes of a range.
+    rows = {key: each[:: -(-len(each) // _COMPARED_CALLS) or 1] for key, each in calls(job).items()}
+    facts["rows"] = sum(map(len, rows.values()))
+    ratios = []
+    with runtime.open(job["path"]) as made, runtime.open(job["float32"]) as base:
+        if made.loader == runtime.PLAIN:
+            facts["notes"].append(
+                "the XNNPACK delegate of ai_edge_litert cannot prepare it; it runs without, and slower"
+            )
+        for key in job["signatures"]:
+            if made.signatures[key].inputs.keys() != base.signatures[key].inputs.keys():
+                raise TfoptError(f"signature '{key}' lost inputs: it has {sorted(made.signatures[key].inputs)}")
+            for name, (signal, noise) in _compare(made, base, key, rows.get(key)).items():
+                if not np.isfinite(signal):
+                    facts["notes"].append(f"output '{name}' of signature '{key}' is not finite, in float32 already")
+                elif not np.isfinite(noise):
+                    raise TfoptError(f"output '{name}' of signature '{key}' is not finite")
+                elif key in rows:  # random inputs show that the file runs, and no more than that
+                    ratios.append(float(10 * np.log10(signal / noise)) if noise else float("inf"))
+    if ratios and job["name"] != "float32":
+        facts["snr"] = min(ratios)
+    return facts
+
+
+def _compare(
+    made: runtime.Program, base: runtime.Program, key: str, rows: list[dict[str, np.ndarray]] | None
+) -> dict[str, np.ndarray]:
+    """Returns the energy of the signal and of the noise of each float output of a signature."""
+    sums: dict[str, np.ndarray] = {}
+    for call in probes(base.signatures[key]) if rows is None else rows:
+        wants, gots = base.run(key, call), made.run(key, call)
+        for name, want in wants.items():
+            if want.dtype.kind == "f":
+                sums[name] = sums.get(name, 0) + _signal_and_noise(want, gots[name])
+    return sums
+
+
+def _signal_and_noise(want: np.ndarray, got: np.ndarray) -> np.ndarray:
+    want, got = want.astype(np.float64), got.astype(np.float64)
+    return np.array([np.sum(want**2), np.sum((want - got) ** 2)])
