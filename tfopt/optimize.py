@@ -20,7 +20,9 @@ from tfopt.data import Dataset, load
 from tfopt.environment import describe
 from tfopt.errors import TfoptError, one_line
 from tfopt.export import saved_model, tflite
+from tfopt.export.fake_quant_form import for_converter
 from tfopt.export.fixed_batch import fix_batch
+from tfopt.fake_quant import is_quantized, strip
 from tfopt.function import Function
 from tfopt.model import Model
 from tfopt.model import load as load_model
@@ -419,6 +421,7 @@ def _emit(model: Model, workspace: Workspace, options: Options) -> list[Artifact
     """Writes the serving model and the TFLite files into the workspace."""
     serving = workspace.path(f"serving/{options.version}")
     limit = options.max_constant_bytes
+    quantized, model = (model if is_quantized(model) else None), strip(model)
     saved_model.save(model, serving, max_constant_bytes=saved_model.MAX_CONSTANT_BYTES if limit is None else limit)
     artifacts = [Artifact("serving", "saved_model", str(serving))]
     names = options.tflite
@@ -426,9 +429,13 @@ def _emit(model: Model, workspace: Workspace, options: Options) -> list[Artifact
         names = ("float32", "dynamic_int8", *(["int8"] if options.representative_data else []))
     if not names:
         return artifacts
-    frozen = workspace.scratch / "device_model"
+    frozen, ranges = workspace.scratch / "device_model", workspace.scratch / "quantized_model"
     try:
         device = model.copy() if options.keep_batch else fix_batch(model, 1)
+        if quantized is not None:
+            quantized = quantized.copy() if options.keep_batch else fix_batch(quantized, 1)
+            for_converter(quantized)
+            saved_model.save(quantized, ranges, max_constant_bytes=1 << 31)
     except (ValueError, RuntimeError) as error:
         reason = f"the batch cannot be fixed to 1 ({one_line(error)}); --keep_batch leaves it open"
         return [*artifacts, *(Artifact(name, "tflite", rejected=f"{name}: {reason}") for name in names)]
@@ -442,6 +449,7 @@ def _emit(model: Model, workspace: Workspace, options: Options) -> list[Artifact
         io_type=options.io_type,
         runtime=options.runtime,
         all_integer=options.all_integer,
+        fake_quantized=ranges if quantized is not None else None,
         allow_select_tf_ops=options.allow_select_tf_ops,
     )
     for result in converted:

@@ -25,6 +25,11 @@ _LOSSLESS: list[str | dict[str, Any]] = [
 NAMED: dict[str, dict[str, Any]] = {
     "none": {"passes": []},
     "lossless": {"passes": _LOSSLESS},
+    "device_float16": {"passes": _LOSSLESS, "tflite": ["float16"]},
+    "device_int8": {"passes": [*_LOSSLESS, "quantize"], "tflite": ["int8"]},
+    "device_int4": {"passes": [*_LOSSLESS, {"pass": "quantize", "bits": 4}], "tflite": ["int4"]},
+    "qat_int8": {"passes": [*_LOSSLESS, "train_quantized"], "tflite": ["int8"]},
+    "qat_int4": {"passes": [*_LOSSLESS, {"pass": "train_quantized", "bits": 4}], "tflite": ["int4"]},
 }
 
 

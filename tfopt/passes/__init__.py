@@ -158,6 +158,10 @@ def optimize_in_process(model: Model, optimizers: list[str], keep: Iterable[str]
     kept = dict.fromkeys([*graph.roots(), *graph.arguments, *keep])
     meta.collection_def["train_op"].node_list.value.extend(name for name in kept if name in graph.nodes)
     result = run_grappler(meta, optimizers, **toggles)
+    for node in result.node:
+        if node.op == "AddN" and node.attr["N"].i == 2:  # its arithmetic optimizer's; device runtimes are slow at it
+            node.op = "AddV2"
+            del node.attr["N"]
     nodes = {node.name: node for node in result.node}
     # A preserved node keeps its name, but may have become a constant.
     for name in sorted(graph.reachable(name for name in keep if name in graph.nodes)):
@@ -172,7 +176,10 @@ def optimize_in_process(model: Model, optimizers: list[str], keep: Iterable[str]
 
 
 # Every technique is a module of this package that defines PASS.
-NAMES = ("prune_graph", "merge_duplicates", "fold_constants", "fold_shapes", "fold_affine")
+NAMES = (
+    *("prune_graph", "merge_duplicates", "fold_constants", "fold_shapes", "fold_affine"),
+    *("quantize", "train_quantized"),
+)
 
 
 def get(name: str) -> Pass:

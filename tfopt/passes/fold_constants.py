@@ -20,6 +20,8 @@ from tfopt.rewrite import Log
 _OPTIMIZERS = ["pruning", "constfold", "loop", "arithmetic", "dependency", "constfold", "arithmetic", "dependency"]
 
 _NEVER = ("Switch", "Merge", "Enter", "Exit", "NextIteration", "LoopCond", "Identity", "NoOp", "PlaceholderWithDefault")
+# A fake-quantized weight says how the converter is to store it.
+_MARKS = ("FakeQuantWithMinMaxVars", "FakeQuantWithMinMaxVarsPerChannel", "FakeQuantWithMinMaxArgs")
 # Without state in TensorFlow's registry, and yet what they give may be another thing tomorrow.
 _FOREIGN = ("ReadFile", "MatchingFiles", "PyFuncStateless")
 _OPAQUE = tuple(d.as_datatype_enum for d in (tf.string, tf.resource, tf.variant))
@@ -84,7 +86,7 @@ def _constant_nodes(graph: Graph, refused: set[str]) -> dict[str, bool]:
         if (
             node.input
             and node.name not in refused
-            and node.op not in _NEVER + _FOREIGN
+            and node.op not in _NEVER + _FOREIGN + _MARKS
             and definition is not None
             and not definition.is_stateful
             and len(definition.output_arg) == 1

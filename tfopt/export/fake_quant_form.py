@@ -1,0 +1,97 @@
+"""Dense layers whose weights are fake-quantized per output channel, in the form that TensorFlow's converter reads.
+
+    x W  =  reshape(conv(reshape(x, [1, rows, 1, in]), W as [1, 1, in, out]))
+
+It gives a matrix product one scale for all of its weights, and fails where it finds more; a convolution has one for
+each output channel, in every version of the runtime.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.framework.node_def_pb2 import NodeDef
+
+from tfopt.fake_quant import OPS, PER_CHANNEL
+from tfopt.graph import Graph, infer_shapes, join, make_node, split
+from tfopt.model import Model
+
+_PRODUCTS = ("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3")
+_FOLLOW = ("BiasAdd", "AddV2", "Add", "Sub", "Relu", "Relu6", *OPS)  # what the kernel of a convolution does as well
+
+
+def for_converter(model: Model) -> None:
+    """Rewrites them as 1x1 convolutions, in place.
+
+    Args:
+      model: with a fixed batch: the number of rows that a dense layer sees must be known.
+
+    Raises:
+      ValueError: it is not.
+    """
+    graph = model.graph
+    shapes = infer_shapes(graph, model.library())
+    for node in list(graph.nodes.values()):
+        if node.op not in _PRODUCTS or graph.producer(node.input[1]).op != PER_CHANNEL:
+            continue
+        shape = shapes.get(join(node.name))
+        if shape is None or None in shape:
+            raise ValueError(f"dense layer {node.name!r} has the shape {shape}: its number of rows must be known")
+        _dense(graph, node, [d for d in shape if d is not None])
+
+
+def _weight(graph: Graph, hint: str, value: np.ndarray) -> str:
+    """Adds a weight of any size: a Const node would be folded together with its fake quantization."""
+    name = graph.unique_name(hint)
+    graph.add(make_node(name, "Placeholder", dtype=tf.float32, shape=tuple(value.shape)))
+    graph.weights[name] = np.ascontiguousarray(value)
+    return name
+
+
+def _dense(graph: Graph, node: NodeDef, shape: list[int]) -> None:
+    quantized = graph.producer(node.input[1])
+    weight = graph.weights[split(quantized.input[0])[0]]
+    kernel = _weight(graph, f"{node.name}/kernel", weight.reshape(1, 1, *weight.shape))
+    attrs = {key: quantized.attr[key] for key in ("num_bits", "narrow_range")}
+    inputs = [kernel, *quantized.input[1:]]
+    kernel = graph.add_op(
+        f"{kernel}/fake_quant", PER_CHANNEL, inputs, num_bits=attrs["num_bits"].i, narrow_range=attrs["narrow_range"].b
+    )
+    rows = [1, math.prod(shape[:-1]), 1]
+    x = _reshape(graph, f"{node.name}/rows", node.input[0], [*rows, weight.shape[0]])
+    last = node
+    while True:
+        users = graph.uses(last.name)
+        if len(users) != 1 or graph.output_labels(last.name) or graph.nodes[users[0][0]].op not in _FOLLOW:
+            break
+        user = graph.nodes[users[0][0]]
+        others = [ref for ref in graph.data_inputs(user) if split(ref)[0] != last.name]
+        if any(graph.constant(ref) is None for ref in others) or not _broadcasts(graph, user, others, shape[-1]):
+            break
+        last = user
+    # The original shape comes back behind what belongs to the kernel.
+    behind = [(user, index) for user, index, _ in graph.uses(last.name)]
+    labels = graph.output_labels(last.name)
+    back = _reshape(graph, f"{last.name}/back", last.name, shape)
+    for user, index in behind:
+        graph.set_input(user, index, back)
+    for label in labels:
+        graph.outputs[label] = back
+    graph.replace(
+        make_node(
+            node.name, "Conv2D", [x, kernel], T=tf.float32, strides=[1, 1, 1, 1], padding="VALID", data_format="NHWC"
+        )
+    )
+
+
+def _broadcasts(graph: Graph, node: NodeDef, others: list[str], channels: int) -> bool:
+    """Whether the constants of a node are one number for a channel, so that they fit any shape."""
+    values = [graph.constant(ref) for ref in others]
+    return node.op in OPS or all(v is not None and v.size in (1, channels) and v.ndim <= 4 for v in values)
+
+
+def _reshape(graph: Graph, hint: str, ref: str, shape: list[int]) -> str:
+    target = graph.add_constant(f"{hint}/shape", np.array(shape, np.int32))
+    return graph.add_op(hint, "Reshape", [ref, target], T=tf.float32, Tshape=tf.int32)

@@ -1,0 +1,124 @@
+"""quantize: gives every tensor that a device computes with 8 bits its range, and weights 8 or 4 bits, without training.
+
+The ranges are calibrated on representative rows. No method is best for all models, so that each is tried, and the one
+whose outputs are nearest to those of the float model, by the ratio of signal to noise, is kept.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tfopt import fake_quant
+from tfopt.calibration import observe
+from tfopt.clipping import METHODS, clipped
+from tfopt.data import Dataset
+from tfopt.errors import TfoptError
+from tfopt.function import Function
+from tfopt.model import Model
+from tfopt.passes import Data, Pass
+from tfopt.passes.correct_bias import correct
+from tfopt.quantization_sites import Sites, sites
+from tfopt.rewrite import Log
+
+_ROWS = 256
+_BITS = (4, 8)
+
+
+def run(
+    model: Model, log: Log, data: Data, bits: int = 8, calibrator: str = "best", correct_biases: bool = True
+) -> None:
+    """Puts fake-quant ops into the graph, in place.
+
+    Args:
+      model: the model.
+      log: gets what was quantized, what stays in float, and what each method gave.
+      data: with representative rows.
+      bits: of the weights of convolutions and dense layers: 8 or 4.
+      calibrator: one of `tfopt.clipping.METHODS`, or "best": tries them all.
+      correct_biases: whether to correct the shift of the mean that rounded weights bring, where that helps.
+
+    Raises:
+      TfoptError: no rows, an unknown option, nothing to quantize.
+    """
+    rows = data.need_rows("quantize")
+    rows = rows.take(slice(0, None, max(len(rows) // _ROWS, 1)))
+    quantized, _ = calibrate(model, log, data.signature, rows, bits, calibrator)
+    if correct_biases:
+        corrected, notes = quantized.copy(), Log()
+        correct(corrected, data.signature, rows, notes)
+        before, after = (decibel(model, m, data.signature, rows) for m in (quantized, corrected))
+        log.notes.append(
+            f"correcting biases: from {before:.1f} to {after:.1f} dB" + ("" if after > before else "; left")
+        )
+        quantized = corrected if after > before else quantized
+    model.graph = quantized.graph
+
+
+def calibrate(model: Model, log: Log, signature: str, rows: Dataset, bits: int, calibrator: str) -> tuple[Model, Sites]:
+    """A copy of a model with fake-quant ops, calibrated; see `run`."""
+    if bits not in _BITS:
+        raise TfoptError(f"quantize: option 'bits' must be 8 or 4, received {bits}")
+    if calibrator not in ("best", *METHODS):
+        raise TfoptError(f"quantize: unknown calibrator {calibrator!r}; choose from best, {', '.join(METHODS)}")
+    where = sites(model)
+    if not where.weights:
+        raise TfoptError("quantize: there is nothing to quantize: no convolution or product with constant weights")
+    for node, reason in where.left.items():
+        log.refused["int8", node] = reason
+    open_ended = [ref for ref, fixed in where.activations.items() if fixed is None]
+    methods = METHODS if calibrator == "best" else (calibrator,)
+    seen = observe(model, signature, open_ended, rows, counts=methods != ("minmax",))
+    best, found = -np.inf, model
+    tried = {}
+    for method in methods:
+        ranges = {ref: clipped(seen[ref], method, 8) for ref in open_ended}
+        candidate = model.copy()
+        fake_quant.insert(candidate, where, ranges, bits, "max" if bits == 8 else "mse")
+        tried[method] = decibel(model, candidate, signature, rows) if len(methods) > 1 else np.nan
+        if len(methods) == 1 or tried[method] > best:
+            best, found = tried[method], candidate
+    if len(methods) > 1:
+        chosen = max(tried, key=lambda method: tried[method])
+        others = ", ".join(f"{method} {ratio:.1f}" for method, ratio in tried.items())
+        log.notes.append(f"calibrated by {chosen} on {len(rows)} rows (signal-to-noise ratio in dB: {others})")
+    log.applied[f"weight in {bits} bits"] = sum(weight.linear for weight in where.weights)
+    log.applied["constant in 8 bits"] = sum(not weight.linear for weight in where.weights)
+    log.applied["activation in 8 bits"] = len(where.activations)
+    return found, where
+
+
+def decibel(model: Model, other: Model, signature: str, rows: Dataset) -> float:
+    """The signal-to-noise ratio of the outputs of another model, in dB; the worst of the float outputs.
+
+    Args:
+      model: what is right.
+      other: the same signature, with other numbers.
+      signature: which.
+      rows: what to run both on.
+
+    Returns:
+      Infinity where they are equal, -infinity where an output is not finite.
+    """
+    sums: dict[str, np.ndarray] = {}
+    with Function(model) as wanted, Function(other) as received:
+        for batch in rows.batches(64):
+            want, got = wanted(signature, batch), received(signature, batch)
+            for name, value in want.items():
+                if value.dtype.kind == "f":
+                    exact, noise = value.astype(np.float64), got[name].astype(np.float64) - value
+                    sums[name] = sums.get(name, np.zeros(2)) + np.array([np.sum(exact**2), np.sum(noise**2)])
+    ratios = [
+        np.inf if noise == 0 else 10 * np.log10(max(signal, 1e-30) / noise) if np.isfinite(noise) else -np.inf
+        for signal, noise in sums.values()
+    ]
+    return float(min(ratios, default=np.inf))
+
+
+PASS = Pass(
+    "quantize",
+    run,
+    options={"bits": 8, "calibrator": "best", "correct_biases": True},
+    needs=("fold_affine",),
+    lossless=False,
+    learns=True,
+)
