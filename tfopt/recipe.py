@@ -30,6 +30,8 @@ NAMED: dict[str, dict[str, Any]] = {
     "device_int4": {"passes": [*_LOSSLESS, {"pass": "quantize", "bits": 4}], "tflite": ["int4"]},
     "qat_int8": {"passes": [*_LOSSLESS, "train_quantized"], "tflite": ["int8"]},
     "qat_int4": {"passes": [*_LOSSLESS, {"pass": "train_quantized", "bits": 4}], "tflite": ["int4"]},
+    "serving_bf16": {"passes": [*_LOSSLESS, "bfloat16"], "tflite": []},
+    "serving_int8_weights": {"passes": [*_LOSSLESS, "int8_weights"], "tflite": []},
 }
 
 
