@@ -22,7 +22,7 @@ from tfopt.errors import TfoptError, one_line
 from tfopt.export import saved_model, tflite
 from tfopt.export.fake_quant_form import for_converter
 from tfopt.export.fixed_batch import fix_batch
-from tfopt.fake_quant import is_quantized, strip
+from tfopt.fake_quant import is_quantized
 from tfopt.function import Function
 from tfopt.model import Model
 from tfopt.model import load as load_model
@@ -135,14 +135,17 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         report.warnings += _warnings(verifier)
         for rows in [*verifier.inputs.values(), *([evaluation] if evaluation else [])]:
             report.warnings += [warning for warning in rows.warnings if warning not in report.warnings]
-        optimized, data = loaded, _learning_data(loaded, evaluation, options)
+        optimized, served, data = loaded, None, _learning_data(loaded, evaluation, options)
         for name, chosen in tqdm(steps_wanted.steps, desc="passes", unit="pass", leave=False, disable=None):
+            if served is None and passes.get(name).device:
+                served = optimized
             optimized, step = run_pass(optimized, name, chosen, verifier if options.verify else None, data)
             report.steps.append(step)
             if step.status == "undone":
                 report.warnings.append(f"{name} was undone: {step.notes[-1]}")
 
-        artifacts = _emit(optimized, workspace, options)
+        trained = any(step.name == "train_quantized" for step in report.steps)
+        artifacts = _emit(served or optimized, optimized, trained, workspace, options)
         assessment = Assessment(
             original=source,
             signature=main_signature(loaded),
@@ -154,9 +157,9 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
             max_accuracy_drop=options.max_accuracy_drop,
             latency=options.measure_latency,
             threads=options.threads,
-            lossless=all(passes.get(name).lossless for name, _ in steps_wanted.steps),
+            lossless=all(passes.get(name).lossless or passes.get(name).device for name, _ in steps_wanted.steps),
         )
-        del loaded, optimized, data
+        del loaded, optimized, served, data
         gc.collect()  # sessions are in cycles, and hold their variables: measuring needs the memory of large weights
         _add_signatures(report.model, source, list(verifier.inputs))
         report.artifacts = assess(assessment, artifacts)
@@ -417,11 +420,10 @@ def _representative(model: Model, source: str) -> dict[str, Dataset]:
     return rows
 
 
-def _emit(model: Model, workspace: Workspace, options: Options) -> list[Artifact]:
-    """Writes the serving model and the TFLite files into the workspace."""
+def _emit(model: Model, for_devices: Model, trained: bool, workspace: Workspace, options: Options) -> list[Artifact]:
+    """Writes the serving model, and the TFLite files of what may hold fake-quant ops, into the workspace."""
     serving = workspace.path(f"serving/{options.version}")
     limit = options.max_constant_bytes
-    quantized, model = (model if is_quantized(model) else None), strip(model)
     saved_model.save(model, serving, max_constant_bytes=saved_model.MAX_CONSTANT_BYTES if limit is None else limit)
     artifacts = [Artifact("serving", "saved_model", str(serving))]
     names = options.tflite
@@ -432,8 +434,8 @@ def _emit(model: Model, workspace: Workspace, options: Options) -> list[Artifact
     frozen, ranges = workspace.scratch / "device_model", workspace.scratch / "quantized_model"
     try:
         device = model.copy() if options.keep_batch else fix_batch(model, 1)
-        if quantized is not None:
-            quantized = quantized.copy() if options.keep_batch else fix_batch(quantized, 1)
+        if is_quantized(for_devices):
+            quantized = for_devices.copy() if options.keep_batch else fix_batch(for_devices, 1)
             for_converter(quantized)
             saved_model.save(quantized, ranges, max_constant_bytes=1 << 31)
     except (ValueError, RuntimeError) as error:
@@ -449,7 +451,8 @@ def _emit(model: Model, workspace: Workspace, options: Options) -> list[Artifact
         io_type=options.io_type,
         runtime=options.runtime,
         all_integer=options.all_integer,
-        fake_quantized=ranges if quantized is not None else None,
+        fake_quantized=ranges if is_quantized(for_devices) else None,
+        trained=trained,
         allow_select_tf_ops=options.allow_select_tf_ops,
     )
     for result in converted:

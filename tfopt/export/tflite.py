@@ -71,6 +71,7 @@ def convert(
     runtime: str = LITERT,
     all_integer: bool = False,
     fake_quantized: str | Path | None = None,
+    trained: bool = False,
     allow_select_tf_ops: bool = False,
     calibration_rows: int = CALIBRATION_ROWS,
     timeout: float = 1800,
@@ -91,6 +92,8 @@ def convert(
         all_integer: refuse int8, int16x8, int4 and mixed files in which an op was left in float.
         fake_quantized: a SavedModel like the first, whose graph holds fake-quant nodes: int8, int4 and mixed files take
             their ranges from these, and need no representative rows.
+        trained: whether its weights were trained under these nodes: without that, int8 and int4 files are made by the
+            other engines too, and the best is kept.
         allow_select_tf_ops: let ops without a TFLite kernel through; the device then needs the Flex delegate.
         calibration_rows: how many rows, evenly spaced, to use of the representative data.
         timeout: seconds for one step (one conversion, calibration or comparison).
@@ -107,6 +110,7 @@ def convert(
             raise TfoptError(f"unknown {what} '{value}'; choose from {', '.join(known)}")
     with tempfile.TemporaryDirectory(prefix="tfopt-tflite-") as work:
         options = {"select": allow_select_tf_ops, "io_type": io_type, "runtime": runtime, "all_integer": all_integer}
+        options["trained"] = trained
         ranges = Path(fake_quantized) if fake_quantized else None
         rows = {key: pick(dataset, calibration_rows) for key, dataset in (representative or {}).items()}
         bad = {key: reason for key, data in (representative or {}).items() if (reason := not_finite(key, data))}
@@ -157,7 +161,7 @@ class _Conversion:
             return Converted(name, None, f"{name} stands on {self._float32.error}")
         notes = tuple(note for note in self._float32.notes if "left out" in note)
         keys, static = self._signatures, name in STATIC
-        candidates = engines(name, self._options["runtime"], self._fake_quantized)
+        candidates = engines(name, self._options["runtime"], self._fake_quantized, self._options["trained"])
         if not candidates:
             return Converted(name, None, f"{name} needs a graph with fake-quant nodes; choose a recipe that makes one")
         if static and candidates[0].needs_rows:

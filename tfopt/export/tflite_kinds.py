@@ -51,18 +51,21 @@ class Engine:
     needs_rows: bool = False
 
 
-def engines(name: str, runtime: str = LITERT, fake_quantized: Path | None = None) -> list[Engine]:
+def engines(
+    name: str, runtime: str = LITERT, fake_quantized: Path | None = None, trained: bool = False
+) -> list[Engine]:
     """Returns the engines for a name, the one to take where nothing can be compared first.
 
     Args:
         name: one of NAMES.
         runtime: one of RUNTIMES.
-        fake_quantized: a SavedModel with fake-quant nodes, whose ranges are used instead of calibrated ones.
+        fake_quantized: a SavedModel with fake-quant nodes, whose ranges are used beside calibrated ones.
+        trained: those nodes were trained: no others are.
     """
     if name in STATIC:
-        if fake_quantized and name != "int16x8":
-            return [Engine("the ranges in the graph", "convert", {"saved_model": str(fake_quantized), "ranges": True})]
-        return _static(name)
+        ranges = [Engine("the ranges in the graph", "convert", {"saved_model": str(fake_quantized), "ranges": True})]
+        found = ranges if fake_quantized and name != "int16x8" else []
+        return found if found and (trained or name == "mixed") else [*found, *_static(name)]
     if name == "float32":
         return [_converter()]
     if name == "float16":

@@ -63,6 +63,7 @@ class Pass:
       needs: passes that must have run earlier in a recipe.
       lossless: whether outputs must stay within rounding; such a pass is undone where they do not.
       learns: whether `run` takes `Data` as its third argument.
+      device: whether it prepares TFLite files alone: the serving model stays as it was before it.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Pass:
     needs: tuple[str, ...] = ()
     lossless: bool = True
     learns: bool = False
+    device: bool = False
 
 
 def for_each_body(model: Model, edit: Callable[[Graph], int]) -> int:

@@ -121,4 +121,5 @@ PASS = Pass(
     needs=("fold_affine",),
     lossless=False,
     learns=True,
+    device=True,
 )

@@ -80,4 +80,5 @@ PASS = Pass(
     needs=("fold_affine",),
     lossless=False,
     learns=True,
+    device=True,
 )
