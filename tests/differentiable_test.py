@@ -84,6 +84,15 @@ def test_real_models(shared, path, inputs, output):
     _check_gradient(model, {k: random.standard_normal(s).astype(np.float32) for k, s in inputs.items()}, output)
 
 
+def test_tables_filled_from_large_constants(built):
+    """Keys of 1,024 elements and more are weights, which the table's initializer reads."""
+    model, x = load(built("static_tables")), np.array([3, 1999, 5000], np.int64)
+    with Function(model) as reference:
+        expected = reference("serving_default", {"x": x})
+    got = differentiable(model, "serving_default")({}, {"x": tf.constant(x)})
+    assert {name: value.numpy().tolist() for name, value in got.items()} == {n: v.tolist() for n, v in expected.items()}
+
+
 def test_state_is_refused(shared):
     model = load(shared / "models" / "dtln" / "saved_model")
     with pytest.raises(TfoptError, match="keeps state"):

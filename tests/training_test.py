@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -474,10 +475,17 @@ def test_models_that_cannot_be_trained(tmp_path):
         def reduced(self, x):
             return {"y": tf.reduce_sum(x @ self.kernel, 0)}
 
-    save_module(tmp_path, Net(), "rounded", "reduced")
+        @tf.function(input_signature=[spec(None, 6)])
+        def no_gradient(self, x):
+            image = tf.reshape(x @ self.kernel, [-1, 1, 3, 1])
+            return {"y": tf.raw_ops.ResizeArea(images=image, size=[2, 2])}
+
+    save_module(tmp_path, Net(), "rounded", "reduced", "no_gradient")
     model = load(tmp_path)
     with pytest.raises(TfoptError, match="none of its weights has a gradient"):
         fine_tune(model, "rounded", data(x=X), model.copy())
+    with pytest.raises(TfoptError, match=r"cannot be trained: .*ResizeArea"):
+        fine_tune(model, "no_gradient", data(x=X), model.copy())
     with pytest.raises(TfoptError, match="no float output with a row for each row"):
         fine_tune(model, "reduced", data(x=X), model.copy())
 
@@ -513,6 +521,15 @@ def test_optimizers_are_those_of_keras(name):
         optimizer.apply([tf.constant(gradient)], tf.constant(0.1), tf.constant(step + 1.0))
         reference.apply([tf.constant(gradient)], [theirs])
     np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_page_shows_the_defaults():
+    text = (REPO / "docs" / "training.md").read_text()
+    table = dict(re.findall(r"^\| `(\w+)` \| `?([\w.-]+)`? \|", text, re.MULTILINE))
+    for field in dataclasses.fields(Settings):
+        shown = table.pop(field.name)
+        assert (shown if isinstance(field.default, str) else float(shown)) == field.default
+    assert not table
 
 
 def test_schedule():

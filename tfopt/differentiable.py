@@ -120,6 +120,7 @@ def _initialise_tables(model: Model, suffix: str) -> None:
     @tf.function(autograph=False)
     def initialise() -> tf.Tensor:
         feeds = {name: tf.constant(path) for name, path in assets.items()}
+        feeds |= {f"{name}:0": tf.constant(model.weights[name]) for name in nodes if name in model.weights}
         (done,) = tf.graph_util.import_graph_def(graph_def, input_map=feeds, return_elements=[model.init], name="")
         with tf.control_dependencies([done]):
             return tf.constant(True)

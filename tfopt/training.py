@@ -84,13 +84,14 @@ def fine_tune(
     chosen = promote(model, signature) if names is None else list(names)
     made = set(chosen) - before
     try:
+        found = heads(model, signature)
+        student = trainable_outputs(model, signature, found)
+        function = differentiable(student, signature)
         missing = [name for name in chosen if name not in model.weights]
         if missing or not chosen:
             what = f"{missing[0]!r} is no weight" if missing else "no float32 constant can be trained"
             raise TfoptError(f"signature {signature!r} cannot be fine-tuned: {what}")
         data = _together(parts)
-        found = heads(model, signature)
-        student = trainable_outputs(model, signature, found)
         if teacher is None:
             found, wanted = _of_itself(model, signature, found, data.take(slice(0, settings.batch_size)))
         else:
@@ -110,7 +111,7 @@ def fine_tune(
         loss = distillation(found, labels, settings.alpha, settings.temperature, teacher is not None)
         variables = {name: tf.Variable(model.weights[name], name=f"w{i}") for i, name in enumerate(chosen)}
         history = train(
-            differentiable(student, signature),
+            function,
             variables,
             data,
             wanted,

@@ -6,11 +6,12 @@ rows that are not trained on, so that the end is never worse there than the begi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,15 @@ def train(
     return loop.history
 
 
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Says in one line what TensorFlow cannot run, or has no gradient of."""
+    try:
+        yield
+    except (LookupError, tf.errors.OpError, ValueError) as error:
+        raise TfoptError(f"the model cannot be trained: {one_line(error)}") from error
+
+
 class _Loop:
     """The state of a training between two steps."""
 
@@ -253,10 +263,8 @@ class _Loop:
             self._order = (epoch, np.resize(order, max(len(order), self._batch)))
         chosen = self._order[1][position * self._batch : (position + 1) * self._batch]
         rate = learning_rate(self.settings.learning_rate, self.step, self.total)
-        try:
+        with _explained():
             mean = self._step(*self._take(chosen), tf.constant(rate, tf.float32), tf.constant(self.step + 1.0))
-        except (LookupError, tf.errors.OpError, ValueError) as error:
-            raise TfoptError(f"the model cannot be trained: {one_line(error)}") from error
         if not self.history.trained:
             raise TfoptError("the model cannot be trained: none of its weights has a gradient")
         self.step = self.history.steps = self.step + 1
@@ -275,7 +283,8 @@ class _Loop:
         for start in range(0, len(self._held), self._batch):
             chosen = self._held[start : start + self._batch]
             padded = np.resize(chosen, self._batch)  # one shape, so one trace
-            found.append(self._losses(*self._take(padded)).numpy()[: len(chosen)])
+            with _explained():
+                found.append(self._losses(*self._take(padded)).numpy()[: len(chosen)])
         value = float(np.mean(np.concatenate(found), dtype=np.float64))
         self.history.validation.append(value)
         if value < self._best_loss or not self._best:
