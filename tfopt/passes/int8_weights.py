@@ -64,11 +64,20 @@ def run(model: Model, log: Log, keep_float32: str = "") -> None:
             if graph.nodes[user].op in LOOKUPS:
                 _gather(graph, graph.nodes[user], _stored(graph, name, quantized), scale)
                 log.applied["table of embeddings stored as int8"] += 1
-        if products and weight.nbytes > FOLDED_BYTES and _can_split(graph, products, axes):
-            _split_product(graph, graph.nodes[products[0][0]], quantized, scale)
+        count = in_blocks(graph, products, weight.nbytes) if products else 0
+        if count > 1:
+            axis = int(np.argmax(scale.shape))  # the one that is not summed over
+            pieces = zip(np.array_split(quantized, count, axis), np.array_split(scale, count, axis), strict=True)
+            blocks = [
+                _restored(graph, f"{name}/block", graph.add_constant(f"{name}/block/int8", block), factors)
+                for block, factors in pieces
+            ]
+            split_product(graph, graph.nodes[products[0][0]], blocks)
             log.applied["product in blocks of output channels"] += 1
         elif products:
-            _dequantize(graph, name, _stored(graph, name, quantized), scale, products)
+            restored = _restored(graph, name, _stored(graph, name, quantized), scale)
+            for user, index in products:
+                graph.set_input(user, index, restored)
             if weight.nbytes > FOLDED_BYTES:
                 log.notes.append(f"{name} is more than 10 MiB of float32: it is dequantized at every call")
         log.applied["weight stored as int8"] += 1
@@ -101,15 +110,10 @@ def _stored(graph: Graph, name: str, quantized: np.ndarray) -> str:
     return stored if stored in graph.nodes else graph.add_constant(stored, quantized)
 
 
-def _times_scale(graph: Graph, hint: str, integer: str, scale: str) -> str:
-    number = graph.add_op(f"{hint}/float", "Cast", [integer], SrcT=tf.int8, DstT=tf.float32)
-    return graph.add_op(f"{hint}/dequantized", "Mul", [number, scale], T=tf.float32)
-
-
-def _dequantize(graph: Graph, name: str, stored: str, scale: np.ndarray, uses: list[tuple[str, int]]) -> None:
-    restored = _times_scale(graph, name, stored, graph.add_constant(f"{name}/scale", scale))
-    for user, index in uses:
-        graph.set_input(user, index, restored)
+def _restored(graph: Graph, hint: str, stored: str, scale: np.ndarray) -> str:
+    number = graph.add_op(f"{hint}/float", "Cast", [stored], SrcT=tf.int8, DstT=tf.float32)
+    factor = graph.add_constant(f"{hint}/scale", scale)
+    return graph.add_op(f"{hint}/dequantized", "Mul", [number, factor], T=tf.float32)
 
 
 def _gather(graph: Graph, node: NodeDef, stored: str, scale: np.ndarray) -> None:
@@ -130,28 +134,23 @@ def _gather(graph: Graph, node: NodeDef, stored: str, scale: np.ndarray) -> None
     graph.replace(make_node(node.name, "Mul", [number, factors, *control], T=tf.float32))
 
 
-def _can_split(graph: Graph, uses: list[tuple[str, int]], axes: tuple[int, ...]) -> bool:
-    """Whether a product can be computed in blocks of its output channels, which must be the last axis of its result."""
-    if len(uses) != 1 or uses[0][1] != 1:
-        return False
+def in_blocks(graph: Graph, uses: list[tuple[str, int]], weight_bytes: int) -> int:
+    """How many blocks of output channels a product needs for TensorFlow to restore its float32 weights at loading.
+
+    One, where blocks are not possible: another op, several readers, channels that are not the last axis of the result.
+    """
     node = graph.nodes[uses[0][0]]
-    if node.op == "Conv2D":
-        return node.attr["data_format"].s != b"NCHW" and not node.attr["explicit_paddings"].list.i
-    return node.op == "MatMul"
+    plain = node.op == "MatMul" or (
+        node.op == "Conv2D" and node.attr["data_format"].s != b"NCHW" and not node.attr["explicit_paddings"].list.i
+    )
+    return math.ceil(weight_bytes / FOLDED_BYTES) if plain and len(uses) == 1 and uses[0][1] == 1 else 1
 
 
-def _split_product(graph: Graph, node: NodeDef, quantized: np.ndarray, scale: np.ndarray) -> None:
-    """x W = [x W_1, x W_2, ..], each block small enough to be dequantized when the model is loaded."""
-    axis = int(np.argmax(scale.shape))  # the one axis that was not summed
-    count = math.ceil(4 * quantized.size / FOLDED_BYTES)
+def split_product(graph: Graph, node: NodeDef, blocks: list[str]) -> None:
+    """x W = [x W_1, x W_2, ..] for the references to the blocks of the weights, in the place of a product."""
     inputs, parts = list(node.input), []
-    for index, (block, part) in enumerate(
-        zip(np.array_split(quantized, count, axis), np.array_split(scale, count, axis), strict=True)
-    ):
-        hint = f"{node.name}/block_{index}"
-        stored = graph.add_constant(f"{hint}/int8", block)
-        weights = _times_scale(graph, hint, stored, graph.add_constant(f"{hint}/scale", part))
-        product = make_node(graph.unique_name(hint), node.op, [inputs[0], weights, *inputs[2:]])
+    for weights in blocks:
+        product = make_node(graph.unique_name(f"{node.name}/block"), node.op, [inputs[0], weights, *inputs[2:]])
         for key, attr in node.attr.items():
             product.attr[key].CopyFrom(attr)
         parts.append(graph.add(product))
