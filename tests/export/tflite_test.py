@@ -221,7 +221,9 @@ def test_a_crash_and_a_hang_cost_one_file_only(tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["float32.tflite", "int8.tflite"]
 
 
-@pytest.mark.parametrize("options", [{"names": ["int7"]}, {"names": ["dynamic_int2"]}, {"runtime": "tflite-2.13"}, {"io_type": "uint8"}])
+@pytest.mark.parametrize(
+    "options", [{"names": ["int7"]}, {"names": ["dynamic_int2"]}, {"runtime": "tflite-2.13"}, {"io_type": "uint8"}]
+)
 def test_unknown_names_are_bad_usage(tmp_path, options):
     with pytest.raises(TfoptError, match=r"choose from .*|2-bit weights are not made"):
         tflite.convert(tmp_path, output_dir=tmp_path, **options)

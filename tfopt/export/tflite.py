@@ -216,10 +216,10 @@ class _Conversion:
     def _best(self, name: str, candidates: list[Engine], keys: list[str], notes: tuple[str, ...]) -> Converted:
         found: list[Candidate] = []
         reasons: dict[str, str] = {}
-        compared = any(key in self._rows for key in keys)
+        compared, sound = any(key in self._rows for key in keys), self._rows.keys() - self._bad_rows.keys()
         contents: set[bytes] = set()
         for number, engine in enumerate(candidates):
-            if engine.needs_rows and not compared and any(self._inputs[key] for key in keys):
+            if engine.needs_rows and not all(key in sound or not self._inputs[key] for key in keys):
                 continue
             if found and not compared:
                 break  # nothing to choose by

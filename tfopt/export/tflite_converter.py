@@ -41,16 +41,17 @@ def convert(job: Mapping[str, Any]) -> list[str]:
     elif name == "dynamic_int8":
         converter._experimental_disable_per_channel_quantization_for_dense_layers = not job["per_channel_dense"]
     elif name != "float32":
-        if not job.get("ranges"):
-            rows = calls(job)
-            many = len(job["signatures"]) > 1
-            converter.representative_dataset = lambda: (
-                (key, call) if many else call for key in job["signatures"] for call in rows[key]
-            )
-            wide = ops.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
-            converter.target_spec.supported_ops = [wide if name == "int16x8" else ops.TFLITE_BUILTINS_INT8]
         if job["io_type"] == "int8" and name != "int16x8":
             converter.inference_input_type = converter.inference_output_type = tf.int8
+        if job.get("ranges"):
+            return _write(converter, job)
+        rows = calls(job)
+        many = len(job["signatures"]) > 1
+        converter.representative_dataset = lambda: (
+            (key, call) if many else call for key in job["signatures"] for call in rows[key]
+        )
+        wide = ops.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
+        converter.target_spec.supported_ops = [wide if name == "int16x8" else ops.TFLITE_BUILTINS_INT8]
         try:
             return _write(converter, job)
         except TfoptError:

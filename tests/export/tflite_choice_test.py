@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tfopt.export.tflite_choice import Candidate, choose, grouped
+from tfopt.export.tflite_kinds import Engine
+
+
+def _candidates(folder: Path, static: bool, *each: tuple[float | None, int, bool]) -> list[Candidate]:
+    found = []
+    for number, (snr, size, floats) in enumerate(each):
+        path = folder / str(number)
+        path.write_bytes(bytes(size))
+        facts = {"snr": snr, "static": static, "float_ops": {"SIN": 2} if floats else {}}
+        found.append(Candidate(Engine(str(number), "convert"), path, facts))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("static", "each", "best"),
+    [
+        (False, [(30.0, 100, True), (31.0, 900, True)], 1),  # the closer one
+        (False, [(30.6, 100, True), (31.0, 900, True)], 0),  # as close: the smaller one
+        (False, [(30.8, 100, True), (31.0, 100, True)], 1),  # as close and as small: the closer one
+        (True, [(50.0, 100, True), (48.0, 900, False)], 1),  # all-integer
+        (True, [(50.0, 100, True), (20.0, 900, False)], 0),  # unless it costs too much
+        (True, [(50.0, 100, True), (20.0, 900, True)], 0),
+        (False, [(None, 900, True), (None, 100, True)], 1),
+        (True, [(float("inf"), 900, False), (60.0, 100, False)], 0),
+    ],
+)
+def test_the_best_is_kept(tmp_path, static, each, best):
+    found = _candidates(tmp_path, static, *each)
+    assert choose(found) is found[best]
+
+
+def test_candidates_in_words(tmp_path):
+    found = _candidates(tmp_path, True, (31.04, 1234, True), (float("inf"), 5, False))
+    assert [str(each) for each in found] == ["31.0 dB in 1,234 bytes with 2 float ops", "no error in 5 bytes"]
+
+
+def test_a_reason_is_said_once():
+    assert grouped({"a": "it died", "b": "it hung", "c": "it died"}, ": ") == "a and c: it died; b: it hung"
