@@ -32,6 +32,7 @@ NAMED: dict[str, dict[str, Any]] = {
     "qat_int4": {"passes": [*_LOSSLESS, {"pass": "train_quantized", "bits": 4}], "tflite": ["int4"]},
     "serving_bf16": {"passes": [*_LOSSLESS, "bfloat16"], "tflite": []},
     "serving_int8_weights": {"passes": [*_LOSSLESS, "int8_weights"], "tflite": []},
+    "binary": {"passes": [*_LOSSLESS, "binarize"], "tflite": []},
 }
 
 

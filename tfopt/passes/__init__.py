@@ -181,7 +181,7 @@ def optimize_in_process(model: Model, optimizers: list[str], keep: Iterable[str]
 NAMES = (
     *("prune_graph", "merge_duplicates", "fold_constants", "fold_shapes", "fold_affine"),
     *("quantize", "train_quantized"),
-    *("bfloat16", "int8_weights"),
+    *("bfloat16", "int8_weights", "binarize"),
 )
 
 
