@@ -23,6 +23,7 @@ from tfopt.function import Function
 from tfopt.losses import heads
 from tfopt.model import load
 from tfopt.optimizers import Optimizer, learning_rate
+from tfopt.trainable import symmetric
 from tfopt.training import Settings, fine_tune, promote, targets, train
 
 FAST = Settings(epochs=25, learning_rate=5e-3, batch_size=32, patience=0)
@@ -286,8 +287,12 @@ def test_bounds(net):
     assert len(history.losses) == 2
     none = fine_tune(model, "serving_default", data(x=X), net, settings=Settings(epochs=0))
     assert (none.steps, none.stopped) == (0, "all epochs done")
+    expected = (
+        r"^loss on 128 rows held back: [\d.e-]+ before training, [\d.e-]+ after 7 of 7 steps on 384 rows \(max_.*\)$"
+    )
+    assert re.match(expected, history.summary())
     few = fine_tune(model, "serving_default", data(x=X[:3]), net, settings=Settings(epochs=2))
-    assert (few.steps, few.rows, few.validation_rows) == (2, 3, 3)
+    assert (few.steps, few.rows, few.validation_rows, few.apart) == (2, 3, 3, False)
 
 
 def test_transform_makes_the_weights(net):
@@ -346,9 +351,18 @@ def test_fake_quantization_is_trained_through(tmp_path, per_channel):
     before = error(model, original, "serving_default", dataset)
     names = promote(model, "serving_default", ranges=True)
     assert len(names) == 5
+    names, transform = symmetric(model, names)
+    assert len(names) == 4
     settings = Settings(epochs=40, learning_rate=3e-2, patience=0)
-    history = fine_tune(model, "serving_default", dataset, original, settings=settings, names=names)
+    history = fine_tune(
+        model, "serving_default", dataset, original, settings=settings, names=names, transform=transform
+    )
     assert set(history.trained) == set(names)
+    for node in model.graph.nodes.values():
+        if node.op.startswith("FakeQuant") and node.attr["narrow_range"].b:
+            low, high = (model.graph.constant(ref) for ref in node.input[1:])
+            assert np.all(high > 1)
+            np.testing.assert_array_equal(low, -high)
     assert error(model, original, "serving_default", dataset) < before / 3
 
 

@@ -11,7 +11,7 @@ constants of an activation), what goes through a function that is not linear (va
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -64,6 +64,32 @@ def demote(model: Model, names: Iterable[str]) -> None:
         value = model.weights.get(name)
         if value is not None and value.size < WEIGHT_ELEMENTS:
             model.graph.set_constant(name, value)
+
+
+def symmetric(
+    model: Model, names: Iterable[str]
+) -> tuple[list[str], Callable[[Mapping[str, tf.Variable]], dict[str, tf.Tensor]]]:
+    """Keeps the ranges of fake-quantized weights (those of narrow range) around zero: trained apart, the ends drift.
+
+    Args:
+      model: with fake-quant ops.
+      names: what is to be trained, as `promote` with `ranges` gives it.
+
+    Returns:
+      The names without the minima that follow from maxima, and the transform for `fine_tune` that makes them.
+    """
+    names = list(names)
+    lows: dict[str, str] = {}
+    for node in model.graph.nodes.values():
+        if node.op in FAKE_QUANT and node.attr["narrow_range"].b:
+            low, high = (split(ref)[0] for ref in node.input[1:3])
+            if low in names and high in names:
+                lows[low] = high
+
+    def transform(variables: Mapping[str, tf.Variable]) -> dict[str, tf.Tensor]:
+        return {low: -variables[high] for low, high in lows.items()}
+
+    return [name for name in names if name not in lows], transform
 
 
 class _Search:
@@ -124,8 +150,8 @@ class _Search:
             return index < 2 if node.op != "Conv2DBackpropInput" else index > 0
         if node.op in _LOOKUPS:
             return index == 0
-        if node.op in _NORMALISATIONS:
-            return index in (1, 2)
+        if node.op in _NORMALISATIONS:  # in training mode it normalises by the batch: a layer norm in disguise
+            return index in (1, 2) and not node.attr["is_training"].b
         if node.op in FAKE_QUANT and index > 0:
             return self._ranges
         if node.op in _AFFINE:

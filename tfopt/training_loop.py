@@ -91,6 +91,7 @@ class History:
       stopped: why it ended: "all epochs done", or what came before.
       rows: how many were trained on.
       validation_rows: how many decided which weights are best.
+      apart: whether those were held back; otherwise, as there were too few, they are the rows trained on.
       trained: names of the variables that have a gradient.
       seconds: of this process; a run that was resumed took longer.
     """
@@ -102,8 +103,18 @@ class History:
     stopped: str = ""
     rows: int = 0
     validation_rows: int = 0
+    apart: bool = True
     trained: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+
+    def summary(self) -> str:
+        """What happened in one line, for a report."""
+        best = min((value for value in self.validation if math.isfinite(value)), default=math.nan)
+        return (
+            f"loss on {self.validation_rows:,} rows {'held back' if self.apart else 'trained on'}: "
+            f"{self.validation[0]:.4g} before training, {best:.4g} after {self.best_step:,} of {self.steps:,} steps "
+            f"on {self.rows:,} rows ({self.stopped})"
+        )
 
 
 def train(
@@ -193,7 +204,7 @@ class _Loop:
         if settings.max_steps:
             self.total = min(self.total, settings.max_steps)
         self.step = 0
-        self.history = History(rows=len(self._train), validation_rows=len(self._held))
+        self.history = History(rows=len(self._train), validation_rows=len(self._held), apart=held > 0)
         self._running: list[float] = []  # losses of this epoch's steps
         self._best: list[np.ndarray] = []
         self._best_loss = math.inf

@@ -12,7 +12,7 @@ from tfopt.model import Model
 from tfopt.passes import Data, Pass
 from tfopt.passes.quantize import _ROWS, calibrate
 from tfopt.rewrite import Log
-from tfopt.trainable import demote, promote
+from tfopt.trainable import demote, promote, symmetric
 from tfopt.training import fine_tune
 from tfopt.training_loop import Settings
 
@@ -45,7 +45,8 @@ def run(
     rows = data.need_rows("train_quantized")
     few = rows.take(slice(0, None, max(len(rows) // _ROWS, 1)))
     quantized, _ = calibrate(model, log, data.signature, few, bits, calibrator)
-    names = promote(quantized, data.signature, ranges=True)
+    promoted = promote(quantized, data.signature, ranges=True)
+    names, transform = symmetric(quantized, promoted)
     history = fine_tune(
         quantized,
         data.signature,
@@ -53,11 +54,12 @@ def run(
         data.teacher,
         data.labelled,
         Settings(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, alpha=alpha, seed=data.seed),
+        transform=transform,
         names=names,
         title="train_quantized",
     )
     held = {split(node.input[0])[0] for node in quantized.graph.nodes.values() if node.op in OPS}
-    demote(quantized, set(names) - held)
+    demote(quantized, set(promoted) - held)
     start, best = history.validation[0], min(history.validation)
     log.notes.append(
         f"loss on {history.validation_rows} rows held back: {start:.4g} before training, {best:.4g} after "
