@@ -28,7 +28,8 @@ from tfopt.losses import (
 )
 from tfopt.model import Model
 from tfopt.trainable import demote, promote
-from tfopt.training_loop import History, Settings, Transform, train
+from tfopt.training_loop import Transform, train
+from tfopt.training_settings import History, Settings
 from tfopt.verify import input_specs
 
 __all__ = ["History", "Settings", "Transform", "demote", "fine_tune", "promote", "targets", "train"]

@@ -1,0 +1,97 @@
+"""How a training is to go, and how it went."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from tfopt.errors import TfoptError
+from tfopt.optimizers import NAMES
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    Attributes:
+      epochs: passes over the rows.
+      batch_size: rows a step; a signature with a fixed batch has its own.
+      learning_rate: its highest value; it rises for a short while, then falls to 0 along a cosine.
+      optimizer: "adam", "adamw" or "sgd" (with Nesterov momentum 0.9).
+      weight_decay: of adamw, for weights of two axes or more.
+      alpha: the share of the labels in the loss of a labelled row, the teacher's being the rest.
+      temperature: by which logits are divided before they are compared with the teacher's.
+      validation: the share of the rows that is not trained on but decides which weights are best; where that is less
+        than one row, or 0, all rows do both.
+      patience: epochs without a better validation loss after which the training stops; 0 never does.
+      max_steps: the most steps; 0 is no bound.
+      gradient_clip: the largest norm of all gradients together; 0 is no bound.
+      checkpoint_steps: how many steps a killed run loses at most, where it has a checkpoint directory.
+      seed: of the order of the rows.
+    """
+
+    epochs: int = 5
+    batch_size: int = 64
+    learning_rate: float = 1e-4
+    optimizer: str = "adam"
+    weight_decay: float = 1e-4
+    alpha: float = 0.5
+    temperature: float = 1.0
+    validation: float = 0.1
+    patience: int = 3
+    max_steps: int = 0
+    gradient_clip: float = 1.0
+    checkpoint_steps: int = 500
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.optimizer not in NAMES:
+            raise TfoptError(f"optimizer: choose from {', '.join(NAMES)}; received {self.optimizer!r}")
+        least = {"epochs": 0, "batch_size": 1, "patience": 0, "max_steps": 0, "checkpoint_steps": 1}
+        least |= {"learning_rate": 0, "weight_decay": 0, "gradient_clip": 0, "alpha": 0, "validation": 0, "seed": 0}
+        for name, bound in least.items():
+            if not bound <= getattr(self, name) < math.inf:
+                raise TfoptError(f"{name}: must be at least {bound}, received {getattr(self, name)}")
+        if self.alpha > 1 or self.validation >= 1 or not 0 < self.temperature < math.inf:
+            raise TfoptError(
+                "alpha must be at most 1, validation below 1 and temperature above 0; received "
+                f"{self.alpha}, {self.validation} and {self.temperature}"
+            )
+
+
+@dataclasses.dataclass
+class History:
+    """What a training did.
+
+    Attributes:
+      losses: the mean loss of each epoch's steps.
+      validation: the loss on the validation rows, before the first step and after each epoch.
+      steps: how many steps were taken.
+      best_step: after which the weights are those that were kept; 0 for the initial ones.
+      stopped: why it ended: "all epochs done", or what came before.
+      rows: how many were trained on.
+      validation_rows: how many decided which weights are best.
+      apart: whether those were held back; otherwise, as there were too few, they are the rows trained on.
+      trained: names of the variables that have a gradient.
+      seconds: of this process; a run that was resumed took longer.
+    """
+
+    losses: list[float] = dataclasses.field(default_factory=list)
+    validation: list[float] = dataclasses.field(default_factory=list)
+    steps: int = 0
+    best_step: int = 0
+    stopped: str = ""
+    rows: int = 0
+    validation_rows: int = 0
+    apart: bool = True
+    trained: list[str] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+
+    def summary(self) -> str:
+        """What happened in one line, for a report."""
+        best = min((value for value in self.validation if math.isfinite(value)), default=math.nan)
+        return (
+            f"loss on {self.validation_rows:,} rows {'held back' if self.apart else 'trained on'}: "
+            f"{self.validation[0]:.4g} before training, {best:.4g} after {self.best_step:,} of {self.steps:,} steps "
+            f"on {self.rows:,} rows ({self.stopped})"
+        )
