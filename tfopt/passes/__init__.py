@@ -180,7 +180,7 @@ def optimize_in_process(model: Model, optimizers: list[str], keep: Iterable[str]
 # Every technique is a module of this package that defines PASS.
 NAMES = (
     *("prune_graph", "merge_duplicates", "fold_constants", "fold_shapes", "fold_affine"),
-    *("quantize", "train_quantized"),
+    *("equalize", "correct_bias", "quantize", "train_quantized"),
     *("bfloat16", "int8_weights", "binarize"),
 )
 
