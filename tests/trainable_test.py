@@ -71,6 +71,20 @@ def test_what_is_no_weight_stays(tmp_path):
     assert sorted(model.weights[name].tolist() for name in names) == sorted([scale.tolist(), shift.tolist()])
 
 
+def test_the_layer_norm_of_keras_2_stays(tmp_path):
+    """A batch norm in training mode, whose scale and shift are ones and zeros of as many elements as there are rows."""
+    gamma = rows(8, seed=1)
+
+    def call(x):
+        y, *_ = tf.compat.v1.nn.fused_batch_norm(
+            x[None, :, :, None], np.ones(1, np.float32), np.zeros(1, np.float32), is_training=True
+        )
+        return {"y": tf.reshape(y, [-1, 8]) * gamma}
+
+    model = module(tmp_path, call)
+    assert [model.weights[name].tolist() for name in promote(model, "serving_default")] == [gamma.tolist()]
+
+
 def test_constants_behind_constants(tmp_path):
     """A batch norm that nobody folded: scale and shift are computed from four vectors, of which the variance stays."""
     gamma, beta, mean, variance = (np.abs(rows(8, seed=i)) for i in range(4))

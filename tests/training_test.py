@@ -18,6 +18,7 @@ import tensorflow as tf
 from tests.conftest import REPO
 from tests.origins import rows, save_module, spec
 from tfopt.data import Dataset
+from tfopt.data import load as data_load
 from tfopt.errors import TfoptError
 from tfopt.function import Function
 from tfopt.losses import heads
@@ -25,6 +26,7 @@ from tfopt.model import load
 from tfopt.optimizers import Optimizer, learning_rate
 from tfopt.trainable import symmetric
 from tfopt.training import Settings, fine_tune, promote, targets, train
+from tfopt.verify import input_specs
 
 FAST = Settings(epochs=25, learning_rate=5e-3, batch_size=32, patience=0)
 
@@ -246,6 +248,24 @@ def test_one_seed_gives_one_result(teacher):
     assert results[0].keys() == results[1].keys()
     assert all(np.array_equal(w, results[1][n]) for n, w in results[0].items())
     assert not all(np.array_equal(w, results[2][n]) for n, w in results[0].items())
+
+
+def test_a_real_model_recovers_without_labels(shared):
+    """Keyword spotting: trained on rows 0-299 without their labels, scored on rows 300-499."""
+    original = load(shared / "models" / "kws-ds-cnn" / "saved_model")
+    rows = data_load(str(shared / "data/kws/kws01_first500.npz"), input_specs(original, "serving_default"))
+    scored = rows.take(slice(300, 500))
+
+    def right(model):
+        (scores,) = outputs(model, "serving_default", scored).values()
+        return int(np.sum(scores.argmax(1) == scored.labels))
+
+    model = noised(original, "serving_default", 0.3)
+    before = right(model)
+    settings = Settings(epochs=10, learning_rate=2e-3, batch_size=32)
+    fine_tune(model, "serving_default", rows.take(slice(0, 300)), original, settings=settings)
+    assert before < right(original) - 20
+    assert right(model) > (before + 3 * right(original)) / 4  # three quarters of what was lost are back
 
 
 def test_it_never_gets_worse(net):
