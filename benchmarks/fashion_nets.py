@@ -25,6 +25,8 @@ def _convolution(k: ModuleType, x, channels: int, size: int, stride: int, activa
 
 
 def _hard_sigmoid(k: ModuleType, x):
+    if k.__version__.startswith("2"):  # of another slope there: the net is only there to be refused
+        return k.layers.Activation("hard_sigmoid")(x)
     return k.layers.Rescaling(1 / 6)(k.layers.ReLU(6.0)(k.layers.Rescaling(1.0, offset=3.0)(x)))
 
 
@@ -79,7 +81,7 @@ def vision_transformer(k: ModuleType, depth: int = 3, width: int = 64, patch: in
     layers, count = k.layers, (28 // patch) ** 2
     image = k.Input((28, 28, 1), name="image")
     x = layers.Reshape((count, width))(layers.Conv2D(width, patch, strides=patch)(image))
-    if not k.__version__.startswith("2"):  # in Keras 2, which has no such sum, the net is only there to be refused
+    if not k.__version__.startswith("2"):  # there, too
         x = x + layers.Embedding(count, width, name="positions")(k.ops.arange(0, count))
     for _ in range(depth):
         normed = layers.LayerNormalization(epsilon=1e-6)(x)

@@ -36,13 +36,14 @@ FILES = CACHE.parent / "quantization"
 LATENCY = "latency"
 
 # Row -> (recipe, its flags beside the common ones, the file that it emits).
+# A search may look at `validation`, and training at `train`; `test` is for the score alone.
 TFOPT_ROWS: dict[str, tuple[str, list[str], str]] = {
     "tfopt_float32": ("lossless", ["--tflite=float32"], "device/float32.tflite"),
     "tfopt_int8": ("device_int8", ["--tflite=int8"], "device/int8.tflite"),
-    "tfopt_int4": ("device_int4", [], "device/*.tflite"),
-    "tfopt_mixed": ("device_mixed", ["--eval_data={validation}", "--max_accuracy_drop=0.005"], "device/*.tflite"),
-    "tfopt_qat_int8": ("qat_int8", ["--labels={train}"], "device/*.tflite"),
-    "tfopt_qat_int4": ("qat_int4", ["--labels={train}"], "device/*.tflite"),
+    "tfopt_int4": ("device_int4", ["--tflite=int4"], "device/int4.tflite"),
+    "tfopt_mixed": ("device_mixed", ["--eval_data={validation}", "--max_accuracy_drop=0.005"], "device/mixed.tflite"),
+    "tfopt_qat_int8": ("qat_int8", ["--labels={train}", "--tflite=int8"], "device/int8.tflite"),
+    "tfopt_qat_int4": ("qat_int4", ["--labels={train}", "--tflite=int4"], "device/int4.tflite"),
 }
 ROWS = (*PEERS, *TFOPT_ROWS)
 
@@ -50,19 +51,29 @@ ROWS = (*PEERS, *TFOPT_ROWS)
 def _optimize(found: Case, row: str, directory: Path) -> dict:
     """Runs tfopt's command line; returns {"path", "note"} or {"error"}."""
     recipe, flags, emitted = TFOPT_ROWS[row]
-    files = {"validation": found.validation, "train": found.train}
-    flags = [flag.format(**files) for flag in flags if found.train or "{train}" not in flag]
+    flags = [flag.format(validation=found.validation, train=found.train) for flag in flags]
     output = directory / row
+    if any(flag.startswith("--labels") for flag in flags):
+        recipe = _with_epochs(recipe, found.epochs, directory / f"{row}.json")
     command = [sys.executable, "-m", "pipelines.optimize", f"--model={found.saved_model}", f"--output_dir={output}"]
     command += [f"--recipe={recipe}", f"--representative_data={found.representative}", *flags]
     command += ["--overwrite", "--measure_latency=false"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     (directory / f"{row}.log").write_text(" ".join(map(str, command)) + "\n" + done.stdout + done.stderr)
-    made = sorted(output.glob(emitted)) if done.returncode in (0, 1) else []
-    if not made:
+    if not (output / emitted).is_file():
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         return {"error": (lines[-1] if lines else f"exit code {done.returncode}")[:300]}
-    return {"path": str(made[0]), "note": "" if len(made) == 1 else f"{len(made)} files emitted; this is the first"}
+    return {"path": str(output / emitted), "note": ""}
+
+
+def _with_epochs(recipe: str, epochs: int, path: Path) -> str:
+    """Writes a recipe that ships with tfopt with as many epochs of training as the peers get; returns the file."""
+    from tfopt.recipe import NAMED
+
+    steps = [step if isinstance(step, dict) else {"pass": step} for step in NAMED[recipe]["passes"]]
+    steps = [step | {"epochs": epochs} if step["pass"] == "train_quantized" else step for step in steps]
+    path.write_text(json.dumps(NAMED[recipe] | {"name": recipe, "passes": steps}))
+    return str(path)
 
 
 def _make(found: Case, row: str) -> dict:

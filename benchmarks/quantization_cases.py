@@ -27,8 +27,8 @@ class Case:
 
     Attributes:
         saved_model: the original.
-        validation: for choices that look at accuracy. None of the files holds a row of another.
-        train: None where there is nothing to train on but the rows of `validation`.
+        validation: for choices that look at accuracy. No file but `train` holds a row of another.
+        train: what training may use; of kws-ds-cnn, that is `validation` again.
         epochs: of quantization-aware training, the same for all who do it.
         truth: what the labels are.
     """
@@ -39,7 +39,7 @@ class Case:
     representative: Path
     validation: Path
     test: Path
-    train: Path | None
+    train: Path
     epochs: int
     truth: str = "labels"
 
@@ -62,14 +62,14 @@ def case(name: str) -> Case:
         splits = _kws()
         return Case(name, Path(paths[name]), "input_1", *_in_order(splits), epochs=20)
     splits = _pictures(paths[name])
-    return Case(name, Path(paths[name]), "input_1", *_in_order(splits), epochs=4, truth="top class of the float model")
+    return Case(name, Path(paths[name]), "input_1", *_in_order(splits), epochs=20, truth="top class of the float model")
 
 
 CASES = (*NETS, "kws-ds-cnn", "mobilenet-v1-025")
 
 
-def _in_order(splits: dict[str, Path]) -> tuple[Path, Path, Path, Path | None]:
-    return splits["representative"], splits["validation"], splits["test"], splits.get("train")
+def _in_order(splits: dict[str, Path]) -> tuple[Path, Path, Path, Path]:
+    return splits["representative"], splits["validation"], splits["test"], splits.get("train", splits["validation"])
 
 
 def _kws() -> dict[str, Path]:

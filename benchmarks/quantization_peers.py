@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,24 +36,28 @@ def _rows(found: Case) -> Iterator[np.ndarray]:
 def _converted(found: Case, configure: Callable) -> tuple[bytes, str]:
     """Returns what TFLiteConverter makes of the SavedModel, and a note.
 
-    With a batch of 1 where it refuses the model as it is: TensorFlow's own advice for recurrent layers.
+    Where it refuses that, of one that Keras exports again with a batch of 1: TensorFlow's advice for recurrent layers.
     """
     import tensorflow as tf
 
-    def convert(converter) -> bytes:
+    def convert(saved_model: str) -> bytes:
+        converter = tf.lite.TFLiteConverter.from_saved_model(saved_model)
         configure(converter)
         return converter.convert()
 
+    source = CACHE / f"{found.name}.keras"
     try:
-        return convert(tf.lite.TFLiteConverter.from_saved_model(str(found.saved_model))), ""
-    except Exception:  # whatever it raised: the second way is tried, and what that raises is the result
-        loaded = tf.saved_model.load(str(found.saved_model))
-        served = loaded.signatures["serving_default"]
-        (spec,) = (x for x in served.inputs if x.dtype != tf.resource)
-        fixed = tf.TensorSpec((1, *spec.shape[1:]), spec.dtype, name=found.key)
-        function = tf.function(lambda x: served(**{found.key: x})).get_concrete_function(fixed)
-        made = convert(tf.lite.TFLiteConverter.from_concrete_functions([function], loaded))
-        return made, "converted with a fixed batch of 1, since it refuses a dynamic one"
+        return convert(str(found.saved_model)), ""
+    except Exception:
+        if not source.is_file():
+            raise
+        import keras
+
+        model = keras.models.load_model(source, compile=False)
+        with tempfile.TemporaryDirectory() as fixed:
+            row = tf.TensorSpec((1, *model.inputs[0].shape[1:]), name=found.key)
+            model.export(fixed, input_signature=[row], verbose=False)
+            return convert(fixed), "exported again with a fixed batch of 1: the converter refuses the dynamic one"
 
 
 def _float32(found: Case, path: Path) -> str:
@@ -125,7 +130,7 @@ def _tfmot_qat(found: Case, path: Path) -> str:
     tf_keras.utils.set_random_seed(SEED)
     original = _keras_2(found)
     model = tfmot.quantization.keras.quantize_model(original)
-    stored = np.load(found.train or found.validation)
+    stored = np.load(found.train)
     images, labels = stored[found.key], stored["label"]
     before = float((original.predict(images[:1000], verbose=0).argmax(1) == labels[:1000]).mean())
     batch = QAT_BATCH if len(images) >= 1000 else 32
