@@ -58,15 +58,19 @@ def insert(
         if key not in done:
             done[key] = _weight(graph, weight, width, method)
         graph.set_input(weight.node, weight.index, done[key])
+    shared: dict[frozenset[str], tuple[str, str]] = {}  # a group has one range, also while it is trained
     for ref, (low, high) in limits.items():
-        _activation(graph, ref, low, high)
+        group = next((group for group in where.tied if ref in group), frozenset([ref]))
+        if group not in shared:
+            shared[group] = _limits(graph, f"{split(ref)[0]}/fake_quant", low, high)
+        _activation(graph, ref, shared[group])
 
 
-def _activation(graph: Graph, ref: str, low: float, high: float) -> None:
+def _activation(graph: Graph, ref: str, limits: tuple[str, str]) -> None:
     name, port = split(ref)
     users = [(user, index) for user, index, used in graph.uses(name) if used == port]
     labels = [label for label, output in graph.outputs.items() if output == ref]
-    quantized = _add(graph, f"{name}/fake_quant" + (f"_{port}" if port else ""), ref, low, high, ACTIVATION_BITS, False)
+    quantized = _add(graph, f"{name}/fake_quant" + (f"_{port}" if port else ""), ref, limits, ACTIVATION_BITS, False)
     for user, index in users:
         graph.set_input(user, index, quantized)
     for label in labels:
@@ -88,10 +92,11 @@ def _weight(graph: Graph, weight: Weight, bits: int, method: str) -> str:
     elif name not in graph.weights:
         _hold(graph, name, value)
     if not weight.linear:
-        return _add(graph, hint, name, min(float(value.min()), 0.0), max(float(value.max()), 1e-6), 8, False)
+        limits = _limits(graph, hint, min(float(value.min()), 0.0), max(float(value.max()), 1e-6))
+        return _add(graph, hint, name, limits, 8, False)
     held = graph.weights[name]
     scale = weight_scale(held, None if weight.layout == TENSOR else held.ndim - 1, bits, method)
-    quantized = _add(graph, hint, name, -scale, scale, bits, True)
+    quantized = _add(graph, hint, name, _limits(graph, hint, -scale, scale), bits, True)
     if weight.layout != DEPTHWISE:
         return quantized
     shape = graph.add_constant(f"{hint}/shape", np.array(value.shape, np.int32))
@@ -105,29 +110,49 @@ def _hold(graph: Graph, name: str, value: np.ndarray) -> str:
     return name
 
 
-def _add(
-    graph: Graph, hint: str, ref: str, low: float | np.ndarray, high: float | np.ndarray, bits: int, narrow: bool
-) -> str:
-    limits = [np.asarray(limit, np.float32) for limit in (low, high)]
-    names = [graph.add_constant(f"{hint}/{end}", limit) for end, limit in zip(("min", "max"), limits, strict=True)]
-    op = PER_CHANNEL if limits[0].ndim else PER_TENSOR
-    return graph.add_op(hint, op, [ref, *names], num_bits=bits, narrow_range=narrow)
+def _limits(graph: Graph, hint: str, low: float | np.ndarray, high: float | np.ndarray) -> tuple[str, str]:
+    least, most = (np.asarray(limit, np.float32) for limit in (low, high))
+    return graph.add_constant(f"{hint}/min", least), graph.add_constant(f"{hint}/max", most)
 
 
-def strip(model: Model) -> Model:
-    """A copy of a model without fake-quant ops: activations as they were computed, weights as they are held."""
+def _add(graph: Graph, hint: str, ref: str, limits: tuple[str, str], bits: int, narrow: bool) -> str:
+    held = graph.constant(limits[0])
+    op = PER_CHANNEL if held is not None and held.ndim else PER_TENSOR
+    return graph.add_op(hint, op, [ref, *limits], num_bits=bits, narrow_range=narrow)
+
+
+def strip(model: Model, snap: bool = False) -> Model:
+    """A copy of a model without fake-quant ops.
+
+    Args:
+      model: left as it is.
+      snap: whether weights become what they are after quantization, instead of what is held; activations are as they
+        were computed.
+    """
     stripped = model.copy()
     graph = stripped.graph
     for node in [node for node in graph.nodes.values() if node.op in OPS]:
-        source = node.input[0]
-        value = graph.constant(source)
+        name = split(node.input[0])[0]
+        value = graph.constant(node.input[0])
+        if value is not None and snap:
+            value = quantized_value(graph, node.name)
+            graph.weights[name] = value
         for user in graph.users(node.name):
             if value is not None and graph.nodes[user].op == "Reshape":  # a depthwise kernel, held flat
                 shape = graph.constant(graph.nodes[user].input[1])
                 graph.set_constant(user, value.reshape(shape))
-        graph.redirect(node.name, source)
+        graph.redirect(node.name, node.input[0])
     graph.sweep()
     return stripped
+
+
+def quantized_value(graph: Graph, name: str) -> np.ndarray:
+    """What a fake-quant node makes of a constant."""
+    node = graph.nodes[name]
+    value, low, high = (graph.constant(ref) for ref in node.input[:3])
+    compute = getattr(tf.raw_ops, node.op)
+    options = {"num_bits": node.attr["num_bits"].i, "narrow_range": node.attr["narrow_range"].b}
+    return compute(inputs=value, min=low, max=high, **options).numpy()
 
 
 def is_quantized(model: Model) -> bool:

@@ -22,7 +22,7 @@ from tfopt.errors import TfoptError, one_line
 from tfopt.export import saved_model, tflite
 from tfopt.export.fake_quant_form import for_converter
 from tfopt.export.fixed_batch import fix_batch
-from tfopt.fake_quant import is_quantized
+from tfopt.fake_quant import is_quantized, strip
 from tfopt.function import Function
 from tfopt.model import Model
 from tfopt.model import load as load_model
@@ -49,6 +49,7 @@ class Options:
     eval_output: str | None = None
     label: str = "label"
     max_accuracy_drop: float | None = None
+    minimize: str = "bytes"
     signatures: tuple[str, ...] | None = None
     seed: int = 0
     overwrite: bool = False
@@ -143,6 +144,7 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
             report.steps.append(step)
             if step.status == "undone":
                 report.warnings.append(f"{name} was undone: {step.notes[-1]}")
+            report.warnings += step.warnings
 
         trained = any(step.name == "train_quantized" for step in report.steps)
         artifacts = _emit(served or optimized, optimized, trained, workspace, options)
@@ -222,6 +224,8 @@ def run_pass(
         applied=dict(log.applied),
         refused=[Refusal(rule, node, reason) for (rule, node), reason in log.refused.items()],
         notes=list(log.notes),
+        warnings=list(log.warnings),
+        sensitivity=list(log.sensitivity),
         summary=_summary(chosen),
     )
     same = not log.applied and rewritten.graph.same_as(model.graph) and rewritten.functions == model.functions
@@ -295,6 +299,8 @@ def _check(options: Options) -> None:
         raise TfoptError(f"--metric: unknown {options.metric!r}; choose from {', '.join(metrics.METRICS)}")
     if options.max_accuracy_drop is not None and not options.eval_data:
         raise TfoptError("--max_accuracy_drop needs --eval_data: there is nothing to measure accuracy on")
+    if options.minimize not in passes.MINIMIZE:
+        raise TfoptError(f"--minimize: choose from {', '.join(passes.MINIMIZE)}; received {options.minimize!r}")
     if options.version < 1:
         raise TfoptError(
             f"--version: must be a positive number, as TensorFlow Serving wants; received {options.version}"
@@ -405,6 +411,7 @@ def _learning_data(model: Model, evaluation: Dataset | None, options: Options) -
         labelled=labelled,
         score=score if evaluation is not None else None,
         max_drop=options.max_accuracy_drop,
+        minimize=options.minimize,
         seed=options.seed,
     )
 
@@ -433,7 +440,8 @@ def _emit(model: Model, for_devices: Model, trained: bool, workspace: Workspace,
         return artifacts
     frozen, ranges = workspace.scratch / "device_model", workspace.scratch / "quantized_model"
     try:
-        device = model.copy() if options.keep_batch else fix_batch(model, 1)
+        device = strip(for_devices, snap=True) if trained else model.copy()
+        device = device if options.keep_batch else fix_batch(device, 1)
         if is_quantized(for_devices):
             quantized = for_devices.copy() if options.keep_batch else fix_batch(for_devices, 1)
             for_converter(quantized)

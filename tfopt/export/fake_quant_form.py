@@ -26,7 +26,7 @@ def for_converter(model: Model) -> None:
     """Rewrites them as 1x1 convolutions, in place.
 
     Args:
-      model: with a fixed batch: the number of rows that a dense layer sees must be known.
+      model: with a fixed batch: the shape of a dense layer's result must be known, but for one dimension.
 
     Raises:
       ValueError: it is not.
@@ -37,9 +37,9 @@ def for_converter(model: Model) -> None:
         if node.op not in _PRODUCTS or graph.producer(node.input[1]).op != PER_CHANNEL:
             continue
         shape = shapes.get(join(node.name))
-        if shape is None or None in shape:
+        if shape is None or shape.count(None) > 1 or shape[-1] is None:
             raise ValueError(f"dense layer {node.name!r} has the shape {shape}: its number of rows must be known")
-        _dense(graph, node, [d for d in shape if d is not None])
+        _dense(graph, node, [-1 if d is None else d for d in shape])
 
 
 def _weight(graph: Graph, hint: str, value: np.ndarray) -> str:
@@ -59,7 +59,7 @@ def _dense(graph: Graph, node: NodeDef, shape: list[int]) -> None:
     kernel = graph.add_op(
         f"{kernel}/fake_quant", PER_CHANNEL, inputs, num_bits=attrs["num_bits"].i, narrow_range=attrs["narrow_range"].b
     )
-    rows = [1, math.prod(shape[:-1]), 1]
+    rows = [1, -1 if -1 in shape else math.prod(shape[:-1]), 1]
     x = _reshape(graph, f"{node.name}/rows", node.input[0], [*rows, weight.shape[0]])
     last = node
     while True:

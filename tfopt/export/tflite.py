@@ -27,6 +27,7 @@ from tfopt.export.tflite_kinds import LITERT, NAMES, OLD, RUNTIMES, STATIC, Engi
 from tfopt.export.tflite_rows import not_finite, pick
 
 IO_TYPES = ("float32", "int8")
+_MOST = 0.6  # of the bytes of float32: a file of 8-bit weights is smaller
 CALIBRATION_ROWS = 200
 _OLD_WORDS = "tflite-runtime 2.14 cannot run it: "
 
@@ -214,6 +215,38 @@ class _Conversion:
         return Converted("float32", found.path, None, (*notes, *found.facts["notes"]), engine.by)
 
     def _best(self, name: str, candidates: list[Engine], keys: list[str], notes: tuple[str, ...]) -> Converted:
+        found, reasons = self._run(name, candidates, keys)
+        full = self._base.stat().st_size
+        if name in ("int8", "int4") and not self._options["all_integer"]:
+            smallest = min((each.size for each in found), default=full)
+            if smallest > _MOST * full:  # loops hold most of the weights, and no quantizer sees into them
+                dynamic, _ = self._run(f"dynamic_{name}", engines(f"dynamic_{name}", self._options["runtime"]), keys)
+                if dynamic := [each for each in dynamic if each.size < _MOST * full]:
+                    found = dynamic
+                    notes += (
+                        f"{name} leaves most of the weights in float, as those of loops are: this file has {name} "
+                        "weights, and the ranges of its activations are found at run time",
+                    )
+        if not found:
+            why = grouped(reasons, ": ") if len(set(reasons.values())) > 1 else next(iter(reasons.values()))
+            return Converted(name, None, f"{name}: {why}")
+        best = choose(found)
+        others = [f"{each.engine.by} gave {each}" for each in found if each is not best]
+        others += [grouped(reasons, " failed: ")] if reasons else []
+        if others:
+            notes += (f"quantized by {best.engine.by}, {best}; {'; '.join(others)}",)
+        if best.facts["static"] and best.facts["float_ops"]:
+            notes += (f"not all-integer: {left(best.facts)} left in float",)
+        if best.facts["snr"] is not None:
+            rows = f"on {best.facts['rows']} representative rows"
+            notes += (f"signal-to-noise ratio against float32, {rows}: {decibel(best.facts)}",)
+        notes += tuple(best.facts["notes"])
+        if best.size >= full:
+            notes += (f"no smaller than float32: {best.size:,} bytes against {full:,}",)
+        return Converted(name, best.path, None, notes, best.engine.by, best.facts["snr"])
+
+    def _run(self, name: str, candidates: list[Engine], keys: list[str]) -> tuple[list[Candidate], dict[str, str]]:
+        """Lets engines make a file; returns those that differ, and the reason by engine where there is none."""
         found: list[Candidate] = []
         reasons: dict[str, str] = {}
         compared, sound = any(key in self._rows for key in keys), self._rows.keys() - self._bad_rows.keys()
@@ -231,23 +264,7 @@ class _Conversion:
             elif (content := result.path.read_bytes()) not in contents:
                 contents.add(content)
                 found.append(result)
-        if not found:
-            why = grouped(reasons, ": ") if len(set(reasons.values())) > 1 else next(iter(reasons.values()))
-            return Converted(name, None, f"{name}: {why}")
-        best = choose(found)
-        others = [f"{each.engine.by} gave {each}" for each in found if each is not best]
-        others += [grouped(reasons, " failed: ")] if reasons else []
-        if others:
-            notes += (f"quantized by {best.engine.by}, {best}; {'; '.join(others)}",)
-        if name in STATIC and best.facts["float_ops"]:
-            notes += (f"not all-integer: {left(best.facts)} left in float",)
-        if best.facts["snr"] is not None:
-            rows = f"on {best.facts['rows']} representative rows"
-            notes += (f"signal-to-noise ratio against float32, {rows}: {decibel(best.facts)}",)
-        notes += tuple(best.facts["notes"])
-        if best.size >= (full := self._base.stat().st_size):
-            notes += (f"no smaller than float32: {best.size:,} bytes against {full:,}",)
-        return Converted(name, best.path, None, notes, best.engine.by, best.facts["snr"])
+        return found, reasons
 
     def _refused(self, made: Candidate) -> str | None:
         """Returns why a file that runs here is not what was asked for; adds a note where it only might not be."""

@@ -1,7 +1,7 @@
 """Which of several files of one kind is kept.
 
 The highest signal-to-noise ratio, where activations are integers of an all-integer file if that costs less than 3 dB;
-among those within 0.5 dB of it, the smallest.
+among those within 1 dB of it, the smallest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from tfopt.export.tflite_kinds import Engine
 
-_SIMILAR = 0.5  # dB
+_SIMILAR = 1.0  # dB
 _ALL_INTEGER = 3.0  # dB that it may cost
 
 
