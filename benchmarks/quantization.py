@@ -61,9 +61,16 @@ def _optimize(found: Case, row: str, directory: Path) -> dict:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     (directory / f"{row}.log").write_text(" ".join(map(str, command)) + "\n" + done.stdout + done.stderr)
     if not (output / emitted).is_file():
-        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        return {"error": (lines[-1] if lines else f"exit code {done.returncode}")[:300]}
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        reason = lines[-1] if lines else f"exit code {done.returncode}"
+        return {"error": (_rejected(output / "report.json", Path(emitted).stem) or reason)[:300]}
     return {"path": str(output / emitted), "note": ""}
+
+
+def _rejected(report: Path, name: str) -> str:
+    """Returns why the report says that an artifact was not emitted; "" where it does not say so."""
+    artifacts = json.loads(report.read_text())["artifacts"] if report.is_file() else []
+    return next((x["rejected"] for x in artifacts if x["name"] == name and x["rejected"]), "")
 
 
 def _with_epochs(recipe: str, epochs: int, path: Path) -> str:

@@ -136,15 +136,16 @@ def _collages(count: int, test: bool, rng: np.random.Generator) -> np.ndarray:
 
 def predict(program, rows: np.ndarray, key: str, batch: int = 100) -> np.ndarray:
     """Returns the scores (rows, classes) of a tfopt.runtime.Program; in batches where its batch is not fixed."""
-    signature = _signature(program.signatures)
+    signature = default_signature(program)
     spec = next(iter(program.signatures[signature].inputs.values()))
     size = spec.shape[0] or batch
     scores = [program.run(signature, {spec.name: rows[i : i + size]}) for i in range(0, len(rows), size)]
     return np.concatenate([next(iter(x.values())).reshape(-1, next(iter(x.values())).shape[-1]) for x in scores])
 
 
-def _signature(signatures) -> str:
-    return "serving_default" if "serving_default" in signatures else next(iter(signatures))
+def default_signature(program) -> str:
+    """Returns serving_default, or the first signature of a tfopt.runtime.Program."""
+    return "serving_default" if "serving_default" in program.signatures else next(iter(program.signatures))
 
 
 def score(top: np.ndarray, labels: np.ndarray) -> float:

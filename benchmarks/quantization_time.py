@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.quantization_cases import Case
+from benchmarks.quantization_cases import Case, default_signature
 from benchmarks.quantization_peers import openvino_python
 
 THREADS = 1
@@ -31,7 +31,7 @@ def latencies(files: Mapping[str, str], found: Case) -> dict[str, dict]:
     for name, path in lite.items():
         try:
             with runtime.open(path, THREADS) as program:
-                (signature,) = program.signatures
+                signature = default_signature(program)
                 (key,) = program.signatures[signature].inputs
                 calls[name] = (signature, {key: row})
         except Exception as error:  # a file that does not load is a cell
