@@ -117,23 +117,26 @@ def values(
     start, size = 0, fixed or 1
     with Function(opened) as function:
         while start < total:
-            taken = rows.take(slice(start, start + size))
-            if fixed and len(taken) < fixed:
-                inputs = {
-                    name: a
-                    if name in rows.whole
-                    else np.resize(np.concatenate([a, rows.inputs[name]]), (fixed, *a.shape[1:]))
-                    for name, a in taken.inputs.items()
-                }
-            else:
-                inputs = taken.inputs
-            outputs = function(signature, inputs)
+            outputs = function(signature, call_of(rows, start, size, bool(fixed)))
             tensors = {ref: _number(ref, outputs[ref]) for ref in refs}
             yield start, tensors
+            taken = min(size, total - start)
             start += size
             if not fixed:
-                held = sum(array.nbytes for array in tensors.values()) / len(taken)
+                held = sum(array.nbytes for array in tensors.values()) / taken
                 size = int(min(max(_CALL_BYTES / max(held, 1), 1), _CALL_ROWS))
+
+
+def call_of(rows: Dataset, start: int, size: int, fixed: bool) -> dict[str, np.ndarray]:
+    """The inputs of one call: `size` rows, or fewer at the end; a fixed batch is filled up with the first rows."""
+    taken = rows.take(slice(start, start + size)).inputs
+    if not fixed or start + size <= len(rows):
+        return taken
+    spare = {name: np.resize(array, (size, *array.shape[1:])) for name, array in rows.inputs.items()}
+    return {
+        name: array if name in rows.whole else np.concatenate([array, spare[name]])[:size]
+        for name, array in taken.items()
+    }
 
 
 def weight_scale(

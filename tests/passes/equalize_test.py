@@ -29,7 +29,7 @@ def uneven(net: keras.Model) -> keras.Model:
     draw = np.random.default_rng(2)
     for layer in net.layers:
         for weight in layer.weights:
-            value = np.array(weight)
+            value = weight.numpy()
             scale = 2 ** draw.uniform(-2, 2, value.shape[-1])
             if "depthwise" in layer.name and value.ndim == 4:
                 scale = 2 ** draw.uniform(-2, 2, (value.shape[2], 1))

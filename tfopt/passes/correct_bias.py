@@ -2,25 +2,29 @@
 
     b' = b - (E[y_q] - E[y])      y = W x + b,   y_q the same with quantized weights and what came before them quantized
 
-per output channel, over representative rows, layer by layer from the input to the output, so that each sees what the
-correction of those before it left (Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
-Correction", ICCV 2019, section 4.2, with means that are measured). Rounding errors of one weight are the same for every
-row: where activations are not centred (after a ReLU), much of the error of a layer is its mean.
+per output channel, over representative rows, each layer behind those that are corrected already (Nagel et al.,
+"Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.2, with means that are
+measured). One batch gives the errors of all layers: the graph moves each mean to where it should be before it goes on.
+
+The rounding error of a weight is the same for every row: where activations are not centred (after a ReLU), much of the
+error of a layer is its mean.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
+from tensorflow.core.protobuf.meta_graph_pb2 import SignatureDef
 
-from tfopt.calibration import values
-from tfopt.data import Dataset
+from tfopt.calibration import call_of
+from tfopt.data import Dataset, batch_size
 from tfopt.fake_quant import insert, strip
+from tfopt.function import Function
 from tfopt.graph import infer_shapes, split
+from tfopt.inline import label
 from tfopt.model import Model
 from tfopt.passes import Data, Pass
 from tfopt.quantization_sites import sites
@@ -30,21 +34,28 @@ from tfopt.rules.constants import attr
 from tfopt.rules.emit import add_bias
 from tfopt.rules.linear import CONVOLUTIONS, LINEAR_OPS, TRANSPOSED, Linear, linear, refine_shapes
 from tfopt.rules.view import View
+from tfopt.verify import input_specs
 
 # A mean over this many rows is settled: the quantized and the float model see the same ones.
 _ROWS = 256
+_CALL_ROWS = 32
 
 _BIASES = ("BiasAdd", "Add", "AddV2")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Bias:
-    """The bias of a layer: operand `index` of `node`; along `axis` of the result, or aligned right (None)."""
+    """The bias of a layer: operand `index` of `node`; it is the same along the `others` of the axes of the result."""
 
     layer: str
     node: str
     index: int
-    axis: int | None
+    others: tuple[int, ...]
+
+    @property
+    def mean(self) -> str:
+        """The name of the mean of the biased result, where it is an input or an output."""
+        return f"{self.node}/mean"
 
 
 def correct(model: Model, signature: str, rows: Dataset, log: Log) -> None:
@@ -58,24 +69,37 @@ def correct(model: Model, signature: str, rows: Dataset, log: Log) -> None:
     """
     rows = rows.take(slice(0, _ROWS))
     biases = _biases(model, signature, log)
-    reference = strip(model)
-    names = [bias.node for bias in biases]
-    wanted = _means(reference, signature, biases, rows)
+    if not biases:
+        return
+    graph = model.graph
+    fixed = batch_size(input_specs(model, signature), 0)
+    size = fixed or _CALL_ROWS
+    errors: dict[str, np.ndarray] = {}
+    means: dict[str, np.ndarray] = {}
+    with (
+        Function(_measured(strip(model), signature, biases, centred=False)) as reference,
+        Function(_measured(model, signature, biases, centred=True)) as quantized,
+    ):
+        for start in range(0, len(rows), size):
+            inputs = call_of(rows, start, size, bool(fixed))
+            wanted = reference(signature, inputs)
+            received = quantized(signature, {**inputs, **wanted})
+            part = min(size, len(rows) - start) / len(rows)
+            for name, mean in wanted.items():
+                means[name] = means.get(name, 0) + part * mean.astype(np.float64)
+                errors[name] = errors.get(name, 0) + part * (received[name].astype(np.float64) - mean)
     largest = 0.0
-    for bias, name in zip(biases, names, strict=True):
-        mean, size = wanted[name]
-        error = _means(model, signature, [bias], rows)[name][0] - mean
-        graph = model.graph
-        old = graph.constant(graph.nodes[name].input[bias.index])
+    for bias in biases:
+        old = graph.constant(graph.nodes[bias.node].input[bias.index])
         assert old is not None
-        ref = graph.add_constant(f"{name}/corrected", (old - error).astype(old.dtype))
-        graph.set_input(name, bias.index, ref)
+        error, mean = errors[bias.mean], means[bias.mean]
+        ref = graph.add_constant(f"{bias.node}/corrected", (old - error.reshape(old.shape)).astype(old.dtype))
+        graph.set_input(bias.node, bias.index, ref)
         log.applied[f"bias of {graph.nodes[bias.layer].op}"] += 1
-        if size:
-            largest = max(largest, float(np.sqrt(np.mean(error**2))) / size)
-    model.graph.sweep()
-    if biases:
-        log.notes.append(f"mean errors of up to {largest:.1%} of the size of a layer's output, on {len(rows)} rows")
+        if mean.any():
+            largest = max(largest, float(np.sqrt(np.mean(error**2) / np.mean(mean**2))))
+    graph.sweep()
+    log.notes.append(f"the mean of a layer's output was off by up to {largest:.1%} of itself, on {len(rows)} rows")
 
 
 def _biases(model: Model, signature: str, log: Log) -> list[_Bias]:
@@ -106,8 +130,12 @@ def _known(model: Model, view: View, layer: str, name: str) -> _Bias:
     constant = [index for index, ref in enumerate(node.input[:2]) if view.graph.constant(ref) is not None]
     if len(constant) != 1 or model.graph.constant(model.graph.nodes[name].input[constant[0]]) is None:
         raise Refused(f"the bias that {name!r} adds is quantized itself")
-    first = node.op == "BiasAdd" and attr(node, "data_format").s == b"NCHW"
-    return _Bias(layer, name, constant[0], 1 if first else None)
+    value, rank = view.graph.constant(node.input[constant[0]]), view.rank(name)
+    if value is None or rank is None or rank < value.ndim:
+        raise Refused("the rank of its result is not known")
+    after = rank - 2 if node.op == "BiasAdd" and attr(node, "data_format").s == b"NCHW" else 0
+    shape = (*[1] * (rank - value.ndim - after), *value.shape, *[1] * after)
+    return _Bias(layer, name, constant[0], tuple(axis for axis, size in enumerate(shape) if size == 1))
 
 
 def _added(model: Model, view: View, node: NodeDef, form: Linear) -> _Bias:
@@ -120,34 +148,38 @@ def _added(model: Model, view: View, node: NodeDef, form: Linear) -> _Bias:
     name = model.graph.unique_name(f"{node.name}/bias")
     dtype = tf.as_dtype(attr(node, "T").type).as_numpy_dtype
     add_bias(View(model.graph, view.shapes), node.name, zeros.astype(dtype))()
-    first = model.graph.nodes[name].op == "BiasAdd" and axis < len(shape) - 1
-    return _Bias(node.name, name, 1, axis if first else None)
+    return _Bias(node.name, name, 1, tuple(other for other in range(len(shape)) if other != axis))
 
 
-def _means(model: Model, signature: str, biases: list[_Bias], rows: Dataset) -> Mapping[str, tuple[np.ndarray, float]]:
-    """Of each biased result, the mean in the shape of the bias, and the root mean square of all."""
-    shapes = {}
+def _measured(model: Model, signature: str, biases: list[_Bias], centred: bool) -> Model:
+    """A model whose signature gives the mean of each biased result, as `_Bias.mean`.
+
+    Args:
+      model: left as it is.
+      signature: the one that is fed.
+      biases: the biases; a mean has the rank of the result, and 1 for each axis along which the bias is the same.
+      centred: whether what follows a result sees it with another mean, which becomes an input of the same name: one
+        call then gives the errors of all layers, each behind layers that are corrected already.
+    """
+    opened = model.copy()
+    graph = opened.graph
+    definition = SignatureDef(inputs=model.signatures[signature].inputs)
     for bias in biases:
-        value = model.graph.constant(model.graph.nodes[bias.node].input[bias.index])
-        assert value is not None
-        shapes[bias.node] = value.shape
-    sums: dict[str, np.ndarray] = {}
-    squares = dict.fromkeys(shapes, 0.0)
-    counts = dict.fromkeys(shapes, 0)
-    for _, tensors in values(model, signature, list(shapes), rows):
-        for bias in biases:
-            array, shape = tensors[bias.node], shapes[bias.node]
-            after = array.ndim - 2 if bias.axis == 1 else 0
-            wide = (*[1] * (array.ndim - len(shape) - after), *shape, *[1] * after)
-            axes = tuple(a for a in range(array.ndim) if wide[a] == 1)
-            total = array.sum(axis=axes, dtype=np.float64, keepdims=True).reshape(shape)
-            sums[bias.node] = sums.get(bias.node, np.zeros(shape)) + total
-            squares[bias.node] += float(np.square(array, dtype=np.float64).sum())
-            counts[bias.node] += array.size
-    return {
-        name: (sums[name] * max(np.prod(shape), 1) / counts[name], float(np.sqrt(squares[name] / counts[name])))
-        for name, shape in shapes.items()
-    }
+        dtype = tf.as_dtype(attr(graph.nodes[bias.node], "T").type)
+        users = [(user, index) for user, index, port in graph.uses(bias.node) if port == 0]
+        axes = graph.add_constant(f"{bias.mean}/axes", np.array(bias.others, np.int32))
+        mean = graph.add_op(bias.mean, "Mean", [bias.node, axes], T=dtype, Tidx=tf.int32, keep_dims=True)
+        definition.outputs[bias.mean].name = f"{mean}:0"
+        graph.outputs[label(signature, bias.mean, "")] = mean
+        if centred:
+            wanted = graph.add_op(f"{bias.mean}/wanted", "Placeholder", [], dtype=dtype)
+            definition.inputs[bias.mean].name = f"{wanted}:0"
+            error = graph.add_op(f"{bias.mean}/error", "Sub", [mean, wanted], T=dtype)
+            moved = graph.add_op(f"{bias.node}/centred", "Sub", [bias.node, error], T=dtype)
+            for user, index in users:
+                graph.set_input(user, index, moved)
+    opened.signatures = {signature: definition}
+    return opened
 
 
 def run(model: Model, log: Log, data: Data, bits: int = 8, method: str = "max") -> None:

@@ -47,8 +47,8 @@ _LEAST = 1 / 64
 # How much higher rows that were not seen may go under a ReLU6.
 _HEADROOM = 2.0
 
-_MAX_TURNS = 100
-_SETTLED = 1e-3
+_MAX_TURNS = 30
+_SETTLED = 1e-2
 
 
 def run(model: Model, log: Log, data: Data, by: str = "activations", relu6: str = "keep") -> None:
@@ -199,7 +199,7 @@ def _tables(view: View, groups: list[Group]) -> dict[str, np.ndarray]:
         assert weights is not None
         shape = np.broadcast_shapes(*(edge.index.shape for edge in edges if edge.name == name))
         axes = tuple(a for a, size in enumerate(shape) if size == 1)
-        tables[name] = np.abs(weights).max(axis=axes, keepdims=True).astype(np.float64)
+        tables[name] = np.abs(weights).max(axis=axes, keepdims=True)
     return tables
 
 

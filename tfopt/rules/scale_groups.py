@@ -18,7 +18,7 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tfopt.graph import join, split
 from tfopt.rewrite import Log, Refused
 from tfopt.rules.absorb import HANDLERS
-from tfopt.rules.coefficients import along
+from tfopt.rules.coefficients import along, canonical
 from tfopt.rules.commute import UNARY
 from tfopt.rules.linear import LINEAR_OPS, linear
 from tfopt.rules.plan import SCALE, Handler, Plan, search
@@ -177,7 +177,7 @@ def _channels(k: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, bool]:
     Raises:
       Refused: something else turned up.
     """
-    order = np.argsort(codes)
+    k, order = canonical(k), np.argsort(codes)
     inverse = bool((k < 1).any())
     k = 1 / k if inverse else k
     place = np.clip(np.searchsorted(codes[order], k * (1 - 1e-9)), 0, len(codes) - 1)
