@@ -106,7 +106,7 @@ def _weight(graph: Graph, weight: Weight, bits: int, method: str) -> str:
 def _hold(graph: Graph, name: str, value: np.ndarray) -> str:
     """Makes a node a weight whatever its size: a Const node would be folded together with its fake quantization."""
     graph.replace(make_node(name, "Placeholder", dtype=tf.float32, shape=tuple(value.shape)))
-    graph.weights[name] = np.ascontiguousarray(value)
+    graph.weights[name] = np.ascontiguousarray(value).reshape(value.shape)  # a scalar would come back as a vector
     return name
 
 
