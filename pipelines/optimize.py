@@ -49,6 +49,9 @@ flags.DEFINE_string("label", "label", "Array or feature of --eval_data that hold
 flags.DEFINE_string("metric", "accuracy", "accuracy, top5, auc, f1, logloss, mse, rmse or mae.")
 flags.DEFINE_string("eval_output", None, "Output that --metric scores, where the signature has several.")
 flags.DEFINE_float("max_accuracy_drop", None, "Artifacts that lose more, in the metric's own units, are not emitted.")
+flags.DEFINE_enum(
+    "minimize", "bytes", ["bytes", "latency"], "What recipes that search make least within --max_accuracy_drop."
+)
 flags.DEFINE_list("signatures", None, "Signatures to keep; all where not given.")
 flags.DEFINE_integer("seed", 0, "Of everything random.")
 flags.DEFINE_bool("overwrite", False, "Replace what an earlier run wrote to --output_dir.")
@@ -103,6 +106,7 @@ def main(argv: Sequence[str]) -> int:
             eval_output=FLAGS.eval_output,
             label=FLAGS.label,
             max_accuracy_drop=FLAGS.max_accuracy_drop,
+            minimize=FLAGS.minimize,
             signatures=names(FLAGS.signatures),
             seed=FLAGS.seed,
             overwrite=FLAGS.overwrite,

@@ -61,12 +61,15 @@ class Function:
         """Frees the session and its state."""
         self._session.close()
 
-    def __call__(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(
+        self, signature: str, inputs: Mapping[str, np.ndarray], instead: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
         """Runs one signature.
 
         Args:
           signature: its name.
           inputs: input name -> array; components of sparse inputs as `name:component`.
+          instead: reference of a tensor of the main body, such as a weight -> what to put in its place in this call.
 
         Returns:
           Output name (`name:component` for sparse ones) -> array.
@@ -75,7 +78,7 @@ class Function:
           TfoptError: TensorFlow cannot run it: a missing kernel, bad shapes, an op that fails.
         """
         definition = self._model.signatures[signature]
-        feeds = dict(self._weights)
+        feeds = {**self._weights, **{_with_port(ref): value for ref, value in (instead or {}).items()}}
         for name, info in definition.inputs.items():
             for component, tensor in tensor_names(info):
                 feeds[_with_port(tensor)] = inputs[f"{name}:{component}" if component else name]

@@ -28,6 +28,7 @@ NAMED: dict[str, dict[str, Any]] = {
     "device_float16": {"passes": _LOSSLESS, "tflite": ["float16"]},
     "device_int8": {"passes": [*_LOSSLESS, "quantize"], "tflite": ["int8"]},
     "device_int4": {"passes": [*_LOSSLESS, {"pass": "quantize", "bits": 4}], "tflite": ["int4"]},
+    "device_mixed": {"passes": [*_LOSSLESS, "mixed_precision"], "tflite": ["mixed"]},
     "qat_int8": {"passes": [*_LOSSLESS, "train_quantized"], "tflite": ["int8"]},
     "qat_int4": {"passes": [*_LOSSLESS, {"pass": "train_quantized", "bits": 4}], "tflite": ["int4"]},
     "serving_bf16": {"passes": [*_LOSSLESS, "bfloat16"], "tflite": []},

@@ -39,11 +39,15 @@ class Refused(Exception):  # noqa: N818 (a decision, not an error)
 
 @dataclasses.dataclass
 class Log:
-    """What a pass did: rule -> times applied, (rule, node) -> why not, and remarks for the report."""
+    """What a pass did: rule -> times applied, (rule, node) -> why not, and for the report: remarks, those of them that
+    the owner should see first, and what each layer brings (`Step.sensitivity`).
+    """
 
     applied: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     refused: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    sensitivity: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

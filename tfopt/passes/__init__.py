@@ -17,6 +17,8 @@ from tfopt.inline import run_grappler
 from tfopt.model import Model
 from tfopt.variables import new_function_name
 
+MINIMIZE = ("bytes", "latency")
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -29,6 +31,7 @@ class Data:
       labelled: training rows with labels; None where there are none.
       score: the owner's metric of a model, higher is better; None without evaluation data.
       max_drop: how far the score may fall, in the metric's own units; None where the owner set no bar.
+      minimize: what a search is to make least within it: "bytes" or "latency".
       seed: of everything random.
     """
 
@@ -38,6 +41,7 @@ class Data:
     labelled: Dataset | None = None
     score: Callable[[Model], float] | None = None
     max_drop: float | None = None
+    minimize: str = "bytes"
     seed: int = 0
 
     def need_rows(self, name: str) -> Dataset:
@@ -180,7 +184,7 @@ def optimize_in_process(model: Model, optimizers: list[str], keep: Iterable[str]
 # Every technique is a module of this package that defines PASS.
 NAMES = (
     *("prune_graph", "merge_duplicates", "fold_constants", "fold_shapes", "fold_affine"),
-    *("equalize", "correct_bias", "quantize", "train_quantized"),
+    *("equalize", "correct_bias", "quantize", "mixed_precision", "train_quantized"),
     *("bfloat16", "int8_weights", "binarize"),
 )
 
