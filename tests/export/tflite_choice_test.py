@@ -21,7 +21,7 @@ def _candidates(folder: Path, static: bool, *each: tuple[float | None, int, bool
 @pytest.mark.parametrize(
     ("static", "each", "best"),
     [
-        (False, [(30.0, 100, True), (31.0, 900, True)], 1),  # the closer one
+        (False, [(29.0, 100, True), (31.0, 900, True)], 1),  # the closer one
         (False, [(30.6, 100, True), (31.0, 900, True)], 0),  # as close: the smaller one
         (False, [(30.8, 100, True), (31.0, 100, True)], 1),  # as close and as small: the closer one
         (True, [(50.0, 100, True), (48.0, 900, False)], 1),  # all-integer

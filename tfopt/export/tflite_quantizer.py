@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from litert_quantizer import algorithm_manager, calibrator, qtyping, quantizer, recipe, recipe_manager
+from litert_quantizer.utils import qsv_utils
 
 from tfopt.errors import TfoptError
 from tfopt.export.tflite_file import TfliteFile
@@ -60,7 +61,7 @@ def quantize(job: Mapping[str, Any]) -> list[str]:
     """Writes `job["path"]`: the float32 file with quantized weights and, in mode "static", activations.
 
     Args:
-        job: see tflite_kinds.Engine; beside `mode`, `bits`, `block`, `algorithm`, `ranges` and `activation_bits` the
+        job: see tflite_kinds.Engine; beside `mode`, `bits`, `block`, `dense`, `others` and `activation_bits` the
             fields `float32`, `signatures`, `rows`, `io_type` and `runtime`.
 
     Returns:
@@ -75,7 +76,7 @@ def quantize(job: Mapping[str, Any]) -> list[str]:
     ranges = None
     if job["mode"] == "static":
         ranges = _ranges(job)
-    elif job["algorithm"] == _Algorithm.GPTQ:
+    elif job["dense"] == _Algorithm.GPTQ:
         with _calibration():
             ranges = made.calibrate(calls(job), num_threads=1)
     content = made.quantize(ranges, enable_progress_report=False).quantized_model
@@ -154,13 +155,11 @@ def _choose(job: Mapping[str, Any], layer: _Layer, wanted: _Precision) -> tuple[
             return "", None
     if job["mode"] == "static":  # what has no 4-bit kernel has its 8 bits from the rule for all
         options = options[:1]
-    gptq = layer.kind == "FULLY_CONNECTED" and layer.fits and layer.shape[-1] <= _GPTQ_INPUTS
+    dense = layer.kind == "FULLY_CONNECTED" and layer.fits and layer.shape[-1] <= _GPTQ_INPUTS
     for precision in options:
         if precision.grain.startswith("BLOCKWISE") and layer.shape[-1] % job["block"]:
             continue
-        algorithm = job["algorithm"]
-        if algorithm == _Algorithm.GPTQ and not (gptq and precision.bits <= 8):
-            algorithm = _Algorithm.MIN_MAX_UNIFORM_QUANT
+        algorithm = job["dense"] if dense else job["others"]
         if _has_kernel(layer, _config(job, precision, algorithm), algorithm):
             return algorithm, precision
     return "", None
@@ -204,22 +203,16 @@ _seen: dict[tuple[str, ...], dict[str, dict[str, np.ndarray]]] = {}  # one calib
 
 
 def _ranges(job: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
-    """Returns the ranges of all tensors: the widest seen, or litert-quantizer's moving average of them."""
+    """Returns the ranges of all tensors: the widest seen, where litert-quantizer's default is a moving average."""
     key = (job["float32"], *job["signatures"])
     if key not in _seen:
         manager = recipe_manager.RecipeManager()
         manager.load_quantization_recipe(recipe.static_wi8_ai8())
-        run = calibrator.Calibrator(job["float32"], num_threads=1, qsv_update_func=_update)
+        run = calibrator.Calibrator(job["float32"], num_threads=1, qsv_update_func=qsv_utils.min_max_update)
         with _calibration():
             run.calibrate(calls(job), manager)
         _seen[key] = run.get_model_qsvs()
-    ends = ("min", "max")
-    if job["ranges"] == "widest":
-        return {name: {end: seen[end] for end in ends if end in seen} for name, seen in _seen[key].items()}
-    return {
-        name: {end: seen.get(f"mean {end}", seen[end]) for end in ends if end in seen}
-        for name, seen in _seen[key].items()
-    }
+    return _seen[key]
 
 
 @contextlib.contextmanager
@@ -233,16 +226,3 @@ def _calibration() -> Iterator[None]:
         raise TfoptError(
             "calibration cannot read the tensors of loops and branches, nor outputs that nothing uses"
         ) from error
-
-
-def _update(old: dict[str, Any], new: dict[str, Any], keep: float = 0.95) -> dict[str, Any]:
-    """Widens the ranges, and goes on with their moving averages: keep * old + (1 - keep) * new."""
-    if not old:
-        return new
-    if "min" not in old or "min" not in new:
-        return old
-    return {
-        "min": np.minimum(old["min"], new["min"]),
-        "max": np.maximum(old["max"], new["max"]),
-        **{f"mean {end}": keep * old.get(f"mean {end}", old[end]) + (1 - keep) * new[end] for end in ("min", "max")},
-    }
