@@ -76,11 +76,15 @@ def squeeze_excite(k: ModuleType):
     return _mobile(k, blocks, "hard_swish", excite=True)
 
 
-def vision_transformer(k: ModuleType, depth: int = 3, width: int = 64, patch: int = 4):
-    """Pre-norm vision transformer (Dosovitskiy et al. 2021), mean-pooled, on 7 x 7 patches."""
-    layers, count = k.layers, (28 // patch) ** 2
+def vision_transformer(k: ModuleType, depth: int = 3, width: int = 64):
+    """Pre-norm vision transformer (Dosovitskiy et al. 2021), mean-pooled, on 7 x 7 tokens.
+
+    Two convolutions make the tokens (Xiao et al. 2021): from bare patches it learns far too slowly here.
+    """
+    layers, count = k.layers, 7 * 7
     image = k.Input((28, 28, 1), name="image")
-    x = layers.Reshape((count, width))(layers.Conv2D(width, patch, strides=patch)(image))
+    x = _convolution(k, _convolution(k, image, 24, 3, 2, "relu6"), 48, 3, 2, "relu6")
+    x = layers.Reshape((count, width))(layers.Conv2D(width, 1)(x))
     if not k.__version__.startswith("2"):  # there, too
         x = x + layers.Embedding(count, width, name="positions")(k.ops.arange(0, count))
     for _ in range(depth):
