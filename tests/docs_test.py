@@ -31,7 +31,7 @@ def test_recipes_page_names_every_recipe_and_pass():
             assert row.split("|")[2].strip() == ", ".join(s if isinstance(s, str) else s["pass"] for s in steps)
     for name in passes.NAMES:
         (row,) = re.findall(rf"^\| `{name}` \|.*$", text, re.MULTILINE)
-        assert re.findall(r"`(\w+)` \((\w+)\)", row) == [(o, str(v)) for o, v in passes.get(name).options.items()]
+        assert re.findall(r"`(\w+)` \(([\w.-]*)\)", row) == [(o, str(v)) for o, v in passes.get(name).options.items()]
 
 
 def test_example_recipe_is_legal():
