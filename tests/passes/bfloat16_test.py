@@ -176,11 +176,16 @@ def _loop(x):
     return tf.while_loop(lambda i, h: i < 3, lambda i, h: (i + 1, tf.tanh(h @ w)), (0, x))[1]
 
 
-@pytest.mark.parametrize("kind", ["v1", "v2"])
-def test_products_in_loops_are_named_and_stay(kind, tmp_path):
-    if kind == "v1":
+def _branch(x):
+    w = _weight(8, 8)
+    return tf.cond(tf.reduce_sum(x) > 0, lambda: x @ w, lambda: x)
+
+
+@pytest.mark.parametrize("kind", ["v1 loop", "v1 branch", "v2 loop"])
+def test_products_in_control_flow_are_named_and_stay(kind, tmp_path):
+    if kind.startswith("v1"):
         with control_flow_v1():
-            loaded = _build(tmp_path / "m", [None, 8], _loop)
+            loaded = _build(tmp_path / "m", [None, 8], _loop if kind == "v1 loop" else _branch)
     else:
 
         class Loop(tf.Module):

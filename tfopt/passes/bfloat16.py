@@ -56,7 +56,7 @@ _EXACT = frozenset(
 _EPILOGUE = frozenset(("BiasAdd", "Add", "AddV2", "LeakyRelu", "Elu"))
 
 _FLOAT, _BFLOAT16 = tf.float32.as_datatype_enum, tf.bfloat16.as_datatype_enum
-_LOOP_ENTRIES, _LOOP_EXITS = ("Enter", "RefEnter"), ("Exit", "RefExit")
+_GATES = ((("Enter", "RefEnter"), ("Exit", "RefExit")), (("Switch", "RefSwitch"), ("Merge", "RefMerge")))
 
 
 def run(model: Model, log: Log, keep_float32: str = "") -> None:
@@ -102,7 +102,7 @@ def _refuse_in_functions(model: Model, log: Log) -> None:
 
 def _choose(graph: Graph, keep: set[str], log: Log) -> set[str]:
     """Names of the nodes to move."""
-    inside = _in_loops(graph)
+    inside = _in_control_flow(graph)
     float32 = {name for name, node in graph.nodes.items() if _is_float(node) and name not in graph.keep}
     free = float32 - keep - inside
     products = set()
@@ -114,7 +114,9 @@ def _choose(graph: Graph, keep: set[str], log: Log) -> set[str]:
         elif name in keep:
             log.refused["bfloat16", name] = f"{node.op} stays float32 as keep_float32 wants it"
         elif name in inside:
-            log.refused["bfloat16", name] = f"{node.op} in a v1 loop stays float32: its weights would be cast each time"
+            log.refused["bfloat16", name] = (
+                f"{node.op} in a loop or branch of TF 1 stays float32: its weights would be cast at every call"
+            )
         else:
             dtype = tf.as_dtype(node.attr["T"].type).name if node.attr["T"].type else "of several dtypes"
             log.refused["bfloat16", name] = f"{node.op} is {dtype}, not float32"
@@ -180,17 +182,20 @@ def _epilogue(graph: Graph, product: str, free: set[str], consumers: object) -> 
     return found
 
 
-def _in_loops(graph: Graph) -> set[str]:
-    """Names of the nodes inside v1 loops."""
-    seen: set[str] = set()
-    stack = [name for name, node in graph.nodes.items() if node.op in _LOOP_ENTRIES]
-    while stack:
-        name = stack.pop()
-        if name not in seen:
-            seen.add(name)
-            if graph.nodes[name].op not in _LOOP_EXITS:
-                stack.extend(graph.users(name))
-    return seen
+def _in_control_flow(graph: Graph) -> set[str]:
+    """Names of the nodes inside TF 1 loops and branches, where weights come through gates."""
+    inside: set[str] = set()
+    for entries, exits in _GATES:
+        seen: set[str] = set()
+        stack = [name for name, node in graph.nodes.items() if node.op in entries]
+        while stack:
+            name = stack.pop()
+            if name not in seen:
+                seen.add(name)
+                if graph.nodes[name].op not in exits:
+                    stack.extend(graph.users(name))
+        inside |= seen
+    return inside
 
 
 def _type_attr(node: NodeDef) -> str:
