@@ -412,6 +412,7 @@ def _learning_data(model: Model, evaluation: Dataset | None, options: Options) -
         score=score if evaluation is not None else None,
         max_drop=options.max_accuracy_drop,
         minimize=options.minimize,
+        integer_outputs=options.io_type == "int8" or options.all_integer,
         seed=options.seed,
     )
 

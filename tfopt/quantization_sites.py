@@ -90,24 +90,28 @@ class Sites:
     shapes: dict[str, tuple[int | None, ...] | None]
 
 
-def sites(model: Model) -> Sites:
+def sites(model: Model, integer_outputs: bool = False) -> Sites:
     """Finds where a model is quantized; the model should have gone through the lossless recipe.
 
     Args:
       model: left as it is. Functions (branches, loop bodies) stay in float.
+      integer_outputs: whether the results are to be integers. Otherwise a softmax that comes last stays in float, which
+        is exact, and several times faster than the integer kernel.
     """
-    return _Finder(model).find()
+    return _Finder(model, integer_outputs).find()
 
 
 class _Finder:
-    def __init__(self, model: Model):
+    def __init__(self, model: Model, integer_outputs: bool):
         self.graph = model.graph
+        self.integer_outputs = integer_outputs
         self.live = self.graph.reachable(split(ref)[0] for ref in self.graph.outputs.values())
         self.order = [node for node in self.graph.topological() if node.name in self.live]
         self.dtypes, self.shapes = _tensors(self.graph, model)
         self.composite: dict[str, set[str]] = {}  # the node that gives y -> the inside
         for node in self.order:
-            if node.op in ("Erf", "Erfc", "Tanh", "Relu6") and (found := composites.region(self.graph, node.name)):
+            # Not a hard swish: its integer kernel is thirty times slower than those of its parts.
+            if node.op in ("Erf", "Erfc", "Tanh") and (found := composites.region(self.graph, node.name)):
                 self.composite[found[0]] = found[1]
         self.inside = set().union(*self.composite.values()) if self.composite else set()
         self.norms = composites.layer_norms(self.graph) & self.live
@@ -194,6 +198,9 @@ class _Finder:
             return f"{node.op} computes in float; the matrices that it reads have fewer bits"
         if not self._is_float(node) or node.op in ("Const", "Placeholder"):
             return None
+        last = not self.graph.users(node.name) and not self.integer_outputs
+        if last and node.op in ("Softmax", "LogSoftmax"):
+            return "the last softmax is exact and faster in float"
         if node.name in self.norms:
             return "part of a layer norm, whose variance spans too many magnitudes for 8 bits"
         if node.name in self.inside or self._has_kernel(node) or node.op in _KEEPS | _ROUNDS | _SHARES:

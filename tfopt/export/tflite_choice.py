@@ -1,7 +1,6 @@
 """Which of several files of one kind is kept.
 
-The highest signal-to-noise ratio, where activations are integers of an all-integer file if that costs less than 3 dB;
-among those within 1 dB of it, the smallest.
+The highest signal-to-noise ratio; among those within 1 dB of it, the smallest.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import numpy as np
 from tfopt.export.tflite_kinds import Engine
 
 _SIMILAR = 1.0  # dB
-_ALL_INTEGER = 3.0  # dB that it may cost
 
 
 class Candidate(NamedTuple):
@@ -43,10 +41,7 @@ class Candidate(NamedTuple):
 
 def choose(found: list[Candidate]) -> Candidate:
     """Returns the best of several files of one kind."""
-    integer = [each for each in found if each.facts["static"] and not each.facts["float_ops"]]
     top = max(each.snr for each in found)
-    if integer and (best := max(each.snr for each in integer)) >= top - _ALL_INTEGER:
-        found, top = integer, best
     similar = [each for each in found if each.snr == top or each.snr >= top - _SIMILAR]
     return min(similar, key=lambda each: (each.size, -each.snr))
 

@@ -32,6 +32,7 @@ class Data:
       score: the owner's metric of a model, higher is better; None without evaluation data.
       max_drop: how far the score may fall, in the metric's own units; None where the owner set no bar.
       minimize: what a search is to make least within it: "bytes" or "latency".
+      integer_outputs: whether device files are to have integer outputs.
       seed: of everything random.
     """
 
@@ -42,6 +43,7 @@ class Data:
     score: Callable[[Model], float] | None = None
     max_drop: float | None = None
     minimize: str = "bytes"
+    integer_outputs: bool = False
     seed: int = 0
 
     def need_rows(self, name: str) -> Dataset:

@@ -11,14 +11,16 @@ import numpy as np
 from tfopt import fake_quant
 from tfopt.calibration import observe
 from tfopt.clipping import METHODS, clipped
-from tfopt.data import Dataset
+from tfopt.data import Dataset, batch_size
 from tfopt.errors import TfoptError
 from tfopt.function import Function
+from tfopt.losses import heads, trainable_outputs
 from tfopt.model import Model
-from tfopt.passes import Data, Pass
+from tfopt.passes import Data, Pass, equalize
 from tfopt.passes.correct_bias import correct
 from tfopt.quantization_sites import Sites, sites
 from tfopt.rewrite import Log
+from tfopt.verify import input_specs
 
 _ROWS = 256
 _BITS = (4, 8)
@@ -42,25 +44,45 @@ def run(
     """
     rows = data.need_rows("quantize")
     rows = rows.take(slice(0, None, max(len(rows) // _ROWS, 1)))
-    quantized, _ = calibrate(model, log, data.signature, rows, bits, calibrator)
+    signature, integers = data.signature, data.integer_outputs
+    quantized, _ = calibrate(model, log, signature, rows, bits, calibrator, integers)
     if correct_biases:
-        corrected, notes = quantized.copy(), Log()
-        correct(corrected, data.signature, rows, notes)
-        before, after = (decibel(model, m, data.signature, rows) for m in (quantized, corrected))
-        log.notes.append(
-            f"correcting biases: from {before:.1f} to {after:.1f} dB" + ("" if after > before else "; left")
-        )
-        quantized = corrected if after > before else quantized
+        tried = {"as calibrated": quantized, "with biases corrected": _corrected(quantized, signature, rows)}
+        if bits == 8:
+            equalized, quiet = model.copy(), Log()
+            equalize.run(equalized, quiet, data)
+            if quiet.applied:
+                again, _ = calibrate(equalized, quiet, signature, rows, bits, calibrator, integers)
+                tried["equalized, with biases corrected"] = _corrected(again, signature, rows)
+        ratios = {words: decibel(model, candidate, signature, rows) for words, candidate in tried.items()}
+        best = max(ratios, key=lambda words: ratios[words])
+        listed = ", ".join(f"{words} {ratio:.1f}" for words, ratio in ratios.items())
+        log.notes.append(f"taken {best} (signal-to-noise ratio in dB: {listed})")
+        quantized = tried[best]
     model.graph = quantized.graph
 
 
-def calibrate(model: Model, log: Log, signature: str, rows: Dataset, bits: int, calibrator: str) -> tuple[Model, Sites]:
+def _corrected(model: Model, signature: str, rows: Dataset) -> Model:
+    corrected = model.copy()
+    correct(corrected, signature, rows, Log())
+    return corrected
+
+
+def calibrate(
+    model: Model,
+    log: Log,
+    signature: str,
+    rows: Dataset,
+    bits: int,
+    calibrator: str,
+    integer_outputs: bool = False,
+) -> tuple[Model, Sites]:
     """A copy of a model with fake-quant ops, calibrated; see `run`."""
     if bits not in _BITS:
         raise TfoptError(f"quantize: option 'bits' must be 8 or 4, received {bits}")
     if calibrator not in ("best", *METHODS):
         raise TfoptError(f"quantize: unknown calibrator {calibrator!r}; choose from best, {', '.join(METHODS)}")
-    where = sites(model)
+    where = sites(model, integer_outputs)
     if not where.weights:
         raise TfoptError("quantize: there is nothing to quantize: no convolution or product with constant weights")
     for node, reason in where.left.items():
@@ -93,15 +115,16 @@ def decibel(model: Model, other: Model, signature: str, rows: Dataset) -> float:
     Args:
       model: what is right.
       other: the same signature, with other numbers.
-      signature: which.
+      signature: which; in place of probabilities their logits are compared, which a softmax does not saturate.
       rows: what to run both on.
 
     Returns:
       Infinity where they are equal, -infinity where an output is not finite.
     """
     sums: dict[str, np.ndarray] = {}
-    with Function(model) as wanted, Function(other) as received:
-        for batch in rows.batches(64):
+    one, two = (trainable_outputs(each, signature, heads(each, signature)) for each in (model, other))
+    with Function(one) as wanted, Function(two) as received:
+        for batch in rows.batches(batch_size(input_specs(model, signature), 64)):
             want, got = wanted(signature, batch), received(signature, batch)
             for name, value in want.items():
                 if value.dtype.kind == "f":

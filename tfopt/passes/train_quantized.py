@@ -44,7 +44,7 @@ def run(
     """
     rows = data.need_rows("train_quantized")
     few = rows.take(slice(0, None, max(len(rows) // _ROWS, 1)))
-    quantized, _ = calibrate(model, log, data.signature, few, bits, calibrator)
+    quantized, _ = calibrate(model, log, data.signature, few, bits, calibrator, data.integer_outputs)
     promoted = promote(quantized, data.signature, ranges=True)
     names, transform = symmetric(quantized, promoted)
     history = fine_tune(
