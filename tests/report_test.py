@@ -17,7 +17,7 @@ import pytest
 from tfopt import report_words as words
 from tfopt.errors import TfoptError
 from tfopt.report import Artifact, Metric, Refusal, Report, Step, group_refusals
-from tfopt.report_chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Point, scatter
+from tfopt.report_chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Point, ranked, scatter
 
 VOID = {"meta", "br", "circle", "line", "link", "img", "input", "hr"}
 
@@ -410,6 +410,48 @@ def test_marks_ticks_and_labels_stay_on_paper_and_apart(values, axis):
     heights = [chart.points[i].y for i in order]
     assert heights == sorted(heights, reverse=True)
     assert len({(m.label_x, m.label_y) for m in chart.points}) == len(points)
+
+
+def sensitive(count: int) -> Report:
+    layers = [
+        {
+            "node": f"call/net/block_{i}/conv",
+            "error": 0.01 * (i % 7 + 1),
+            "bits": (4, 8, 32)[i % 3],
+            "bytes": 100 * i + 7,
+        }
+        for i in range(count)
+    ]
+    return Report(steps=[Step("mixed_precision", sensitivity=layers)])
+
+
+def test_layers_are_ranked_and_named_by_what_tells_them_apart():
+    layers = sensitive(3).steps[0].sensitivity
+    layers += [
+        {"node": "call/net/" + "deep/" * 20 + "conv", "error": "Infinity", "bits": 8, "bytes": 1},
+        {"node": "call/net/head", "error": 0.0, "bits": 4, "bytes": 1},
+    ]
+    bars = ranked(layers)
+    assert [bar.name for bar in bars if len(bar.name) < 48] == ["block_2/conv", "block_1/conv", "block_0/conv", "head"]
+    lengths = {bar.full_name.removeprefix("call/net/")[:7]: bar.length for bar in bars}
+    expected = {"deep/de": 100.0, "block_2": 100.0, "block_1": pytest.approx(66.67, abs=0.01), "head": 0.0}
+    assert lengths.items() >= expected.items()
+    (long,) = (bar.name for bar in bars if bar.error == float("inf"))
+    assert long.startswith("...") and long.endswith("deep/conv") and len(long) == 48
+    assert ranked([]) == [] and ranked([layers[0]])[0].name == "conv"
+
+
+def test_both_drawings_show_which_layers_are_sensitive():
+    report = Report.from_json(sensitive(45).to_json())
+    text = report.table()
+    assert text.count("block_") == 5 and "and 40 more layers" in text and max(map(len, text.splitlines())) <= 120
+    assert "   7.00%  4 bits     607 B  block_6/conv" in text
+    page = Page(report.html())
+    assert (
+        "Which layers the outputs are sensitive to" in page.text and "and 5 more layers, which bring less" in page.text
+    )
+    assert report.html().count('class="layer"') == 40
+    assert "sensitive" not in sample().html() and "more layers" not in sample().table()
 
 
 def test_tensorflow_is_not_imported():

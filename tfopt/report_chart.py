@@ -1,15 +1,16 @@
-"""Scatter plots for the HTML report: where every mark, tick and label goes, in pixels."""
+"""Plots for the HTML report: where every mark, tick and label goes, in pixels; and layers in their order, as bars."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 WIDTH, HEIGHT = 520, 320
 LEFT, RIGHT, TOP, BOTTOM = 70, 24, 18, 52
 _LETTER, _LINE = 6.6, 14.0  # size of a label's letters
+_NAME = 48  # letters of the name of a layer
 _LOG_FROM = 8.0  # a longer range than this factor gets a logarithmic axis
 
 
@@ -61,6 +62,39 @@ class Chart(NamedTuple):
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     points: list[Mark]
+
+
+class Bar(NamedTuple):
+    """One layer of a ranked plot: the end of its name, and its part of the longest bar in percent."""
+
+    name: str
+    full_name: str
+    error: float
+    bits: int
+    bytes: int
+    length: float
+
+
+def ranked(layers: Sequence[Mapping[str, Any]]) -> list[Bar]:
+    """Orders the layers of `Step.sensitivity`, what brings the greatest error first."""
+    paths = [str(layer["node"]).split("/") for layer in layers]
+    common = 0
+    while paths and all(len(path) > common + 1 and path[common] == paths[0][common] for path in paths):
+        common += 1
+    errors = [float(layer["error"]) for layer in layers]  # "Infinity", as read from JSON, too
+    longest = max((error for error in errors if math.isfinite(error)), default=0.0) or 1.0
+    bars = [
+        Bar(
+            _end("/".join(path[common:])),
+            str(layer["node"]),
+            error,
+            layer["bits"],
+            layer["bytes"],
+            100 * min(error / longest, 1.0) if error == error else 100.0,
+        )
+        for layer, path, error in zip(layers, paths, errors, strict=True)
+    ]
+    return sorted(bars, key=lambda bar: -bar.length)
 
 
 def scatter(title: str, points: Sequence[Point], x: Axis, y: Axis) -> Chart:
@@ -148,6 +182,10 @@ def _label(points: Sequence[Point], at: Sequence[tuple[float, float]]) -> list[M
         label_x, label_y, anchor = places[best]
         marks.append(Mark(point, x, y, round(label_x, 1), round(label_y, 1), anchor))
     return marks
+
+
+def _end(name: str) -> str:
+    return name if len(name) <= _NAME else "..." + name[3 - _NAME :]
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:

@@ -9,10 +9,11 @@ from typing import Any
 
 from tfopt import report_words as words
 from tfopt.report import Artifact, Report, Step, group_refusals
-from tfopt.report_chart import Axis, Chart, Point, scatter
+from tfopt.report_chart import Axis, Chart, Point, ranked, scatter
 
 _NAMES = 6  # nodes that are named for a reason
 _OPEN = 4  # reasons that show without a click
+_BARS = 40  # layers of a ranked plot
 
 _KINDS = {"saved_model": "TensorFlow SavedModel", "tflite": "TFLite"}
 
@@ -134,8 +135,12 @@ def _steps(steps: list[Step]) -> list[dict[str, Any]]:
             }
             for g in group_refusals(step.refused)
         ]
+        bars = ranked(step.sensitivity)
         views.append(
             {
+                "bars": bars[:_BARS],
+                "more_bars": max(0, len(bars) - _BARS),
+                "widths": sorted({bar.bits for bar in bars}),
                 "step": step,
                 "before": 100 * step.nodes_before / most,
                 "after": 100 * step.nodes_after / most,

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 from tfopt import report_words as words
 from tfopt.report import Artifact, Report, Step, group_refusals
+from tfopt.report_chart import ranked
 
 WIDTH = 120
 _RULES = 12  # rules of a step that are named
 _REASONS = 5  # refusals of a step that are spelt out
 _NAMES = 3  # nodes that are named for each
+_LAYERS = 5  # most sensitive layers that are named
 
 
 def draw(report: Report) -> str:
@@ -68,7 +70,17 @@ def _details(step: Step) -> list[str]:
         lines += _wrap(f"refused {len(group.nodes)}x {group.rule}: {group.reason} ({names})", "    ")
     if len(groups) > _REASONS:
         lines += _wrap(f"and {len(groups) - _REASONS} more reasons, which the HTML report lists", "    ")
-    return lines + [line for note in step.notes for line in _wrap(f"note: {note}", "    ")]
+    lines += [line for note in step.notes for line in _wrap(f"note: {note}", "    ")]
+    bars = ranked(step.sensitivity)
+    if bars:
+        lines.append("    error of the outputs when this layer alone has 4 bits, bits and bytes chosen:")
+        lines += [
+            f"    {words.share(bar.error):>8}  {words.bits(bar.bits):>6}  {words.size(bar.bytes):>8}  {bar.name}"
+            for bar in bars[:_LAYERS]
+        ]
+    if len(bars) > _LAYERS:
+        lines.append(f"    and {len(bars) - _LAYERS} more layers, which the HTML report draws")
+    return lines
 
 
 def _artifacts(report: Report) -> list[str]:

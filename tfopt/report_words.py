@@ -53,6 +53,11 @@ def share(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:.2%}"
 
 
+def bits(value: int) -> str:
+    """Returns the width of weights in words."""
+    return "float" if value == 32 else f"{value} bits"
+
+
 def quality(metric: Metric | None) -> str:
     """Returns the value of a metric: a percentage where it is a share, else four digits."""
     if metric is None:

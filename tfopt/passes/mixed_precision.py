@@ -24,7 +24,7 @@ from tfopt.calibration import weight_scale
 from tfopt.data import Dataset
 from tfopt.errors import TfoptError
 from tfopt.export.device_latency import device_latency
-from tfopt.fake_quant import insert
+from tfopt.fake_quant import insert, strip
 from tfopt.graph import join, split
 from tfopt.model import Model
 from tfopt.passes import Data, Pass
@@ -172,7 +172,7 @@ def _timed(layers: list[Layer], where: Sites) -> list[Layer]:
         shape = where.shapes.get(join(name)) or ()
         return float(np.prod([size or 1 for size in shape[:-1]]))
 
-    return [dataclasses.replace(layer, weight=positions(layer.name)) for layer in layers]
+    return [dataclasses.replace(layer, weight=positions(split(layer.name)[0])) for layer in layers]
 
 
 def _better(model: Model, quantized: Model, signature: str, rows: Dataset) -> Model:
@@ -184,7 +184,10 @@ def _better(model: Model, quantized: Model, signature: str, rows: Dataset) -> Mo
 
 
 def _weights(base: Model, where: Sites) -> dict[str, _Quantized]:
-    """Layer -> its weights; layers that share them go by the name of the first."""
+    """Layer -> its weights; layers that share them go by the name of the first.
+
+    An op that reads several, such as the loop of an LSTM, is a layer for each: "name", "name:1", ...
+    """
     found: dict[str, _Quantized] = {}
     for weight in where.weights:
         node = base.graph.producer(base.graph.nodes[weight.node].input[weight.index])
@@ -194,7 +197,8 @@ def _weights(base: Model, where: Sites) -> dict[str, _Quantized]:
             held = _constant(base, node.input[0])
             axis = None if weight.layout == TENSOR else held.ndim - 1
             scales = {bits: weight_scale(held, axis, bits, method) for bits, method in _METHODS.items()}
-            found[weight.node] = _Quantized(weight, node.name, held.size, scales)
+            several = sum(each.weight.node == weight.node for each in found.values())
+            found[weight.node + (f":{several}" if several else "")] = _Quantized(weight, node.name, held.size, scales)
     return found
 
 
@@ -218,27 +222,29 @@ def _layers(
     model: Model, where: Sites, quantized: Mapping[str, _Quantized], signature: str, rows: Dataset
 ) -> list[Layer]:
     """The layers, each with the error that it brings on its own to the float model, once its bias is corrected."""
-    plain = model.copy()
-    biases = {bias.layer: bias for bias in _biases(plain, signature, Log())}
-    for bias in biases.values():  # equal constants may have become one, and here one layer is changed at a time
-        value = plain.graph.constant(plain.graph.nodes[bias.node].input[bias.index])
-        assert value is not None
-        plain.graph.set_input(bias.node, bias.index, plain.graph.add_constant(f"{bias.node}/own", value))
     weights = tuple(each.weight for each in quantized.values())
     only_weights = dataclasses.replace(where, weights=weights, activations={}, tied=())
     errors: dict[int, dict[str, float]] = {}
     for bits in _BITS:
-        noisy = plain.copy()
+        noisy = model.copy()
         insert(noisy, only_weights, {}, bits, _METHODS[bits])
         correct(noisy, signature, rows, Log())
-        changes: dict[str, dict[str, np.ndarray]] = {}
+        changes: dict[str, dict[str, np.ndarray]] = {name: {} for name in quantized}
+        biases = {bias.layer: bias for bias in _biases(noisy, signature, Log())}
+        plain = strip(noisy)
         for name, each in quantized.items():
-            ref = plain.graph.nodes[name].input[each.weight.index]
-            changes[name] = {ref: _rounded(_constant(plain, ref), each, bits)}
-            if name in biases:
-                bias = biases[name]
-                ref, corrected = (m.graph.nodes[bias.node].input[bias.index] for m in (plain, noisy))
-                changes[name][ref] = _constant(noisy, corrected)
+            ref = plain.graph.nodes[each.weight.node].input[each.weight.index]
+            changes[name][ref] = _rounded(_constant(plain, ref), each, bits)
+            if bias := biases.get(each.weight.node):
+                ref = plain.graph.nodes[bias.node].input[bias.index]
+                changes[name][ref] = _constant(plain, ref)
+                known = bias.node in model.graph.nodes  # otherwise the layer had none
+                before = (
+                    _constant(model, model.graph.nodes[bias.node].input[bias.index])
+                    if known
+                    else np.zeros(1, np.float32)
+                )
+                plain.graph.set_constant(split(ref)[0], np.broadcast_to(before, changes[name][ref].shape))
         errors[bits] = sensitivity(plain, signature, rows, changes)
     return [Layer(name, each.size, {bits: errors[bits][name] for bits in _BITS}) for name, each in quantized.items()]
 
