@@ -198,7 +198,7 @@ def test_int8_without_data_is_an_error_line_and_partial_data_a_note(tmp_path):
 
 @pytest.mark.slow
 def test_a_crash_and_a_hang_cost_one_file_only(tmp_path, monkeypatch):
-    """The child is replaced by one that dies while it makes float16, and hangs while it makes dynamic_int8."""
+    """The child is replaced by one that dies while it makes float16, and hangs while it makes weight_int8."""
     (tmp_path / "sabotage.py").write_text(
         "import os, signal, time\n"
         "from tfopt.export import tflite_worker\n"
@@ -206,7 +206,7 @@ def test_a_crash_and_a_hang_cost_one_file_only(tmp_path, monkeypatch):
         "    answer = tflite_worker.worker()\n"
         "    def sabotaged(job):\n"
         "        if job.get('name') == 'float16': os.kill(os.getpid(), signal.SIGSEGV)\n"
-        "        if job.get('name') == 'dynamic_int8': time.sleep(600)\n"
+        "        if job.get('name') == 'weight_int8': time.sleep(600)\n"
         "        return answer(job)\n"
         "    return sabotaged\n"
     )
@@ -214,11 +214,12 @@ def test_a_crash_and_a_hang_cost_one_file_only(tmp_path, monkeypatch):
     child = tflite.Child
     monkeypatch.setattr(tflite, "Child", lambda worker: child("sabotage:worker"))
     model = _build(tmp_path / "m", "one")
-    made = _convert(model, tmp_path / "out", "float32", "float16", "dynamic_int8", "int8", timeout=30)
+    names = ("float32", "float16", "weight_int8", "dynamic_int8")
+    made = _convert(model, tmp_path / "out", *names, signatures=(), timeout=45)
     assert made["float16"].error == "float16: died of SIGSEGV"
-    assert made["dynamic_int8"].error == "dynamic_int8: gave no answer in 30 s, and was stopped"
-    assert made["float32"].path and made["int8"].path
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["float32.tflite", "int8.tflite"]
+    assert made["weight_int8"].error == "weight_int8: gave no answer in 45 s, and was stopped"
+    assert made["float32"].path and made["dynamic_int8"].path
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["dynamic_int8.tflite", "float32.tflite"]
 
 
 @pytest.mark.parametrize(
