@@ -68,6 +68,7 @@ class _Sharing(flatbuffers.Builder):
     def __init__(self, size: int):
         super().__init__(size)
         self.empty = None  # the one buffer without data
+        self._before: int | None = None  # where the vector began
         self._written: dict[tuple[int, int, bytes], int] = {}
 
     def StartVector(self, elemSize: int, numElems: int, alignment: int) -> int:  # noqa: N802, N803
@@ -80,13 +81,16 @@ class _Sharing(flatbuffers.Builder):
 
     def EndVector(self, numElems: int | None = None) -> int:  # noqa: N802, N803
         end = super().EndVector(numElems)
+        before, self._before = self._before, None
+        if before is None:
+            return end  # a string, which begins without StartVector
         start = len(self.Bytes) - end
         length = 4 + self._size * int.from_bytes(self.Bytes[start : start + 4], "little")
         if self._points or length > _LARGE:
             return end
         key = self._size, self._alignment, bytes(self.Bytes[start : start + length])
         if key in self._written:
-            self.head = len(self.Bytes) - self._before  # what follows is written over it
+            self.head = len(self.Bytes) - before  # what follows is written over it
         return self._written.setdefault(key, end)
 
 
