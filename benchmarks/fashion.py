@@ -27,7 +27,7 @@ SOURCE = REPOSITORY.parent / "shared" / "data" / "keras" / "datasets" / "fashion
 HELD_OUT = 5_000
 REPRESENTATIVE = 200
 BATCH = 256
-EPOCHS = {"fashion_mobilenet": 8, "fashion_se": 8, "fashion_vit": 9, "fashion_lstm": 10}
+EPOCHS = {"fashion_mobilenet": 8, "fashion_se": 8, "fashion_vit": 6, "fashion_lstm": 10}
 LEARNING_RATE = {"fashion_vit": 2e-3}  # 4e-3 elsewhere
 TWINS = ("fashion_mobilenet",)
 

@@ -77,9 +77,10 @@ def squeeze_excite(k: ModuleType):
 
 
 def vision_transformer(k: ModuleType, depth: int = 3, width: int = 64):
-    """Pre-norm vision transformer (Dosovitskiy et al. 2021), mean-pooled, on 7 x 7 tokens.
+    """Pre-norm vision transformer (Dosovitskiy et al. 2021) on 7 x 7 tokens.
 
-    Two convolutions make the tokens (Xiao et al. 2021): from bare patches it learns far too slowly here.
+    Two convolutions make the tokens (Xiao et al. 2021), and the classes see all of these: from bare patches, or by the
+    mean of the tokens, it learns far too slowly here.
     """
     layers, count = k.layers, 7 * 7
     image = k.Input((28, 28, 1), name="image")
@@ -92,7 +93,7 @@ def vision_transformer(k: ModuleType, depth: int = 3, width: int = 64):
         x = layers.Add()([x, layers.MultiHeadAttention(num_heads=4, key_dim=width // 4)(normed, normed)])
         hidden = layers.Dense(2 * width, activation="gelu")(layers.LayerNormalization(epsilon=1e-6)(x))
         x = layers.Add()([x, layers.Dense(width)(hidden)])
-    x = layers.GlobalAveragePooling1D()(layers.LayerNormalization(epsilon=1e-6)(x))
+    x = layers.Flatten()(layers.LayerNormalization(epsilon=1e-6)(x))
     return k.Model(image, layers.Dense(CLASSES, activation="softmax", name="probabilities")(x))
 
 
