@@ -60,7 +60,12 @@ def _dense(graph: Graph, node: NodeDef, shape: list[int]) -> None:
         f"{kernel}/fake_quant", PER_CHANNEL, inputs, num_bits=attrs["num_bits"].i, narrow_range=attrs["narrow_range"].b
     )
     rows = [1, -1 if -1 in shape else math.prod(shape[:-1]), 1]
-    x = _reshape(graph, f"{node.name}/rows", node.input[0], [*rows, weight.shape[0]])
+    x = node.input[0]
+    if any(key in node.attr and node.attr[key].b for key in ("transpose_a", "adj_x")):
+        swapped = [*range(len(shape) - 2), len(shape) - 1, len(shape) - 2]
+        swapped_ref = graph.add_constant(f"{node.name}/swapped", np.array(swapped, np.int32))
+        x = graph.add_op(f"{node.name}/transposed", "Transpose", [x, swapped_ref], T=tf.float32, Tperm=tf.int32)
+    x = _reshape(graph, f"{node.name}/rows", x, [*rows, weight.shape[0]])
     last = node
     while True:
         users = graph.uses(last.name)
