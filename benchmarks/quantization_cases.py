@@ -62,7 +62,8 @@ def case(name: str) -> Case:
         splits = _kws()
         return Case(name, Path(paths[name]), "input_1", *_in_order(splits), epochs=20)
     splits = _pictures(paths[name])
-    return Case(name, Path(paths[name]), "input_1", *_in_order(splits), epochs=20, truth="top class of the float model")
+    key = next(iter(np.load(splits["representative"])))  # Keras 2 counts the inputs that a process makes
+    return Case(name, Path(paths[name]), key, *_in_order(splits), epochs=20, truth="top class of the float model")
 
 
 CASES = (*NETS, "kws-ds-cnn", "mobilenet-v1-025")
@@ -98,16 +99,17 @@ def _pictures(saved_model: str) -> dict[str, Path]:
         from tfopt import runtime
 
         with runtime.open(saved_model) as program:
+            (key,) = program.signatures[default_signature(program)].inputs
             for number, (split, path) in enumerate(paths.items()):
                 rng, images, labels = np.random.default_rng(SEED + number), [], []
                 while sum(map(len, images)) < IMAGES[split]:
                     drawn = _collages(100, split == "test", rng)
-                    scores = predict(program, drawn, "input_1")
+                    scores = predict(program, drawn, key)
                     sure = scores.max(1) >= SURE
                     images.append(drawn[sure])
                     labels.append(scores[sure].argmax(1))
                 rows, top = (np.concatenate(x)[: IMAGES[split]] for x in (images, labels))
-                np.savez(path, input_1=rows, **({} if split == "representative" else {"label": top}))
+                np.savez(path, **{key: rows}, **({} if split == "representative" else {"label": top}))
     return paths
 
 
