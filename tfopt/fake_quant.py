@@ -38,7 +38,8 @@ def insert(
         size, so that nothing folds the quantization away.
       where: the sites.
       ranges: reference of an activation -> (low, high); those that the specification fixes need none.
-      bits: of the weights of linear ops, by node, or one number for all. Other constants have 8.
+      bits: of the weights of linear ops, by node, or one number for all. Other constants have 8, as
+        have weights whose kernel takes no other.
       method: how the scale of weights is found, see `weight_scale`.
       skip: linear nodes that stay in float: their weights get none.
     """
@@ -53,7 +54,7 @@ def insert(
     for weight in where.weights:
         if weight.node in skip:
             continue
-        width = (bits if isinstance(bits, int) else bits.get(weight.node, 8)) if weight.linear else 8
+        width = (bits if isinstance(bits, int) else bits.get(weight.node, 8)) if weight.linear and weight.low else 8
         key = (weight.ref, weight.layout, width)
         if key not in done:
             done[key] = _weight(graph, weight, width, method)

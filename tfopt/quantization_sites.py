@@ -29,9 +29,9 @@ _BINARY = ("AddV2", "Add", "Sub", "Mul")
 # Kernels that read and write int8 with scales of their own.
 _KERNELS = frozenset(
     [
-        *("Conv2D", "DepthwiseConv2dNative", "Conv2DBackpropInput", *_PRODUCTS),
+        *("Conv2D", "DepthwiseConv2dNative", "Conv2DBackpropInput", *_PRODUCTS, "Einsum"),
         *("BiasAdd", "AddV2", "Add", "Sub", "Mul", "Mean", "Sum", "Abs"),
-        *("Relu", "Relu6", "LeakyRelu", "Elu", "Softmax", "LogSoftmax", "Sigmoid", "Tanh"),
+        *("Relu", "Relu6", "LeakyRelu", "Softmax", "LogSoftmax", "Sigmoid", "Tanh"),
     ]
 )
 # Kernels whose result has the scale of what they read; with several inputs, all of them share it.
@@ -61,7 +61,8 @@ class Weight:
       node, index: the op, and which of its operands.
       ref: the constant.
       layout: LAST, DEPTHWISE or TENSOR.
-      linear: whether the op is a convolution or a product, whose weights may have 4 bits.
+      linear: whether the op is a convolution or a product: its weights are symmetric.
+      low: whether its kernel takes 4 bits too.
     """
 
     node: str
@@ -69,6 +70,7 @@ class Weight:
     ref: str
     layout: str
     linear: bool
+    low: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,16 +216,17 @@ class _Finder:
         if node.op in ("Conv2D", "DepthwiseConv2dNative") and self.graph.constant(refs[1]) is not None:
             yield Weight(node.name, 1, refs[1], LAST if node.op == "Conv2D" else DEPTHWISE, True)
         elif node.op == "Conv2DBackpropInput" and self.graph.constant(refs[1]) is not None:
-            yield Weight(node.name, 1, refs[1], TENSOR, True)
+            yield Weight(node.name, 1, refs[1], TENSOR, True, low=False)
         elif node.op in ("GatherV2", "Gather"):
             yield Weight(node.name, 0, refs[0], TENSOR, False)
-        elif node.op in _PRODUCTS:
+        elif node.op in (*_PRODUCTS, "Einsum"):  # the converter makes products of one scale out of Einsum
             for index, ref in enumerate(refs):
                 value = self.graph.constant(ref)
                 if value is not None:
                     flipped = any(key in node.attr and node.attr[key].b for key in ("transpose_b", "adj_y"))
-                    per_channel = index == 1 and value.ndim == 2 and not flipped
-                    yield Weight(node.name, index, ref, LAST if per_channel else TENSOR, True)
+                    per_channel = node.op != "Einsum" and index == 1 and value.ndim == 2 and not flipped
+                    low = index == 1 and (node.op == "MatMul" or value.ndim == 2 or _unbatched(node))
+                    yield Weight(node.name, index, ref, LAST if per_channel else TENSOR, True, low)
         elif node.op in (*_BINARY, *_SHARES) and not self._is_bias(node) and node.name not in self.composite:
             for index, ref in enumerate(refs):
                 value = self.graph.constant(ref)
@@ -269,6 +272,12 @@ class _Finder:
 
 def _linear_ops() -> tuple[str, ...]:
     return ("Conv2D", "DepthwiseConv2dNative", "Conv2DBackpropInput", *_PRODUCTS)
+
+
+def _unbatched(node: NodeDef) -> bool:
+    """Whether an Einsum becomes FULLY_CONNECTED; BATCH_MATMUL takes no weights of 4 bits."""
+    operands, _, result = node.attr["equation"].s.decode().partition("->")
+    return node.op == "Einsum" and not set.intersection(*map(set, operands.split(",")), set(result))
 
 
 def _tensors(graph: Graph, model: Model) -> tuple[dict[str, tf.DType], dict[str, tuple[int | None, ...] | None]]:

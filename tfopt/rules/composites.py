@@ -27,19 +27,19 @@ def region(graph: Graph, marker: str) -> tuple[str, set[str]] | None:
     Returns:
       The node that gives y, and all other nodes of the composite; None where there is no such composite.
     """
-    sources = [marker]
-    while len(sources) < _DEPTH:
-        ways = _varying(graph, graph.nodes[sources[-1]])
-        names = {split(ref)[0] for ref in ways}
-        if len(names) != 1 or (len(sources) > 1 and graph.nodes[sources[-1]].op not in _ELEMENTWISE):
-            break
-        sources.append(names.pop())
+    sources = [marker]  # what it is computed from, the nearest first
+    for name in sources:
+        if name == marker or (graph.nodes[name].op in _ELEMENTWISE and len(sources) < 2 * _DEPTH):
+            producers = dict.fromkeys(split(ref)[0] for ref in _varying(graph, graph.nodes[name]))
+            sources += [producer for producer in producers if producer not in sources]
     ends, inside = [marker], {marker}
     while len(ends) < _DEPTH:
         users = graph.users(ends[-1])
         if len(users) != 1 or graph.nodes[users[0]].op not in _ELEMENTWISE or graph.output_labels(ends[-1]):
             return None
         ends.append(users[0])
+        if graph.nodes[users[0]].op != "Mul":  # x and its gate meet in a product
+            continue
         for x in sources[1:]:
             found = _between(graph, x, users[0])
             if found and inside <= found:
