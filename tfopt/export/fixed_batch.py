@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from tfopt.export.fixed_loops import fix_loops
 from tfopt.graph import infer_shapes, split
 from tfopt.inline import label, tensor_names
 from tfopt.model import Model
@@ -38,6 +39,7 @@ def fix_batch(model: Model, batch: int) -> Model:
                     info.tensor_shape.CopyFrom(proto)
     fold_constants.run(fixed, Log())
     merge_duplicates.run(fixed, Log())
+    fix_loops(fixed)
     shapes = infer_shapes(fixed.graph, fixed.library())
     for name, signature in fixed.signatures.items():
         for output, info in signature.outputs.items():
