@@ -52,6 +52,12 @@ flags.DEFINE_float("max_accuracy_drop", None, "Artifacts that lose more, in the 
 flags.DEFINE_enum(
     "minimize", "bytes", ["bytes", "latency"], "What recipes that search make least within --max_accuracy_drop."
 )
+flags.DEFINE_enum(
+    "qat_engine",
+    "graph",
+    ["graph", "tfmot"],
+    "What recipe qat_int8 trains: the graph of any model, or by TFMOT one that is still Keras 2 (docs/training.md).",
+)
 flags.DEFINE_list("signatures", None, "Signatures to keep; all where not given.")
 flags.DEFINE_integer("seed", 0, "Of everything random.")
 flags.DEFINE_bool("overwrite", False, "Replace what an earlier run wrote to --output_dir.")
@@ -67,6 +73,12 @@ flags.DEFINE_enum(
 flags.DEFINE_bool("all_integer", False, "Refuse int8, int16x8, int4 and mixed files in which an op was left in float.")
 flags.DEFINE_bool("keep_batch", False, "Keep the batch of TFLite files dynamic instead of fixing it to 1.")
 flags.DEFINE_bool("allow_select_tf_ops", False, "Let TFLite files use TensorFlow ops, which need the Flex delegate.")
+flags.DEFINE_bool(
+    "serving_tflite",
+    False,
+    "Put the first quantized file of --tflite beside saved_model.pb as model.tflite, for TensorFlow Serving's "
+    "--prefer_tflite_model (docs/serving.md).",
+)
 flags.DEFINE_integer(
     "max_constant_bytes",
     None,
@@ -107,6 +119,7 @@ def main(argv: Sequence[str]) -> int:
             label=FLAGS.label,
             max_accuracy_drop=FLAGS.max_accuracy_drop,
             minimize=FLAGS.minimize,
+            qat_engine=FLAGS.qat_engine,
             signatures=names(FLAGS.signatures),
             seed=FLAGS.seed,
             overwrite=FLAGS.overwrite,
@@ -117,6 +130,7 @@ def main(argv: Sequence[str]) -> int:
             all_integer=FLAGS.all_integer,
             keep_batch=FLAGS.keep_batch,
             allow_select_tf_ops=FLAGS.allow_select_tf_ops,
+            serving_tflite=FLAGS.serving_tflite,
             max_constant_bytes=FLAGS.max_constant_bytes,
             measure_latency=FLAGS.measure_latency,
             threads=FLAGS.threads,

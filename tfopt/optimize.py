@@ -14,22 +14,18 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from tfopt import metrics, passes, recipe, runtime, sources
+from tfopt import emit, metrics, passes, recipe, runtime, sources, tfmot_route
 from tfopt.assess import Assessment, assess
-from tfopt.data import Dataset, load
 from tfopt.environment import describe
 from tfopt.errors import TfoptError, one_line
-from tfopt.export import saved_model, tflite
-from tfopt.export.fake_quant_form import for_converter
-from tfopt.export.fixed_batch import fix_batch
-from tfopt.fake_quant import is_quantized, strip
-from tfopt.function import Function
+from tfopt.export import tflite
 from tfopt.model import Model
 from tfopt.model import load as load_model
 from tfopt.publish import Workspace
-from tfopt.report import Artifact, Refusal, Report, Step
+from tfopt.report import Refusal, Report, Step
 from tfopt.rewrite import Log
-from tfopt.verify import Verifier, features, input_specs
+from tfopt.run_data import evaluation_rows, learning_data, main_signature
+from tfopt.verify import Verifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +46,7 @@ class Options:
     label: str = "label"
     max_accuracy_drop: float | None = None
     minimize: str = "bytes"
+    qat_engine: str = "graph"
     signatures: tuple[str, ...] | None = None
     seed: int = 0
     overwrite: bool = False
@@ -60,6 +57,7 @@ class Options:
     all_integer: bool = False
     keep_batch: bool = False
     allow_select_tf_ops: bool = False
+    serving_tflite: bool = False
     max_constant_bytes: int | None = None
     measure_latency: bool = True
     threads: int = 2
@@ -105,8 +103,8 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
     steps_wanted = recipe.read(options.recipe)
     if options.tflite is None:
         options = dataclasses.replace(options, tflite=steps_wanted.tflite)
-    _check(options)
-    with Workspace(Path(output_dir), _targets(options), overwrite=options.overwrite) as workspace:
+    _check(options, steps_wanted)
+    with Workspace(Path(output_dir), emit.targets(options), overwrite=options.overwrite) as workspace:
         source = sources.as_saved_model(
             model,
             inputs=options.inputs,
@@ -117,7 +115,7 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         begun = time.monotonic()
         loaded = load_model(source, list(options.signatures) if options.signatures else None)
         loading = time.monotonic() - begun
-        evaluation = _evaluation_data(loaded, options)
+        evaluation = evaluation_rows(loaded, options)
         verifier = Verifier(loaded, options.representative_data, options.seed)
         report = Report(
             created=started.isoformat(timespec="seconds"),
@@ -136,7 +134,7 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         report.warnings += _warnings(verifier)
         for rows in [*verifier.inputs.values(), *([evaluation] if evaluation else [])]:
             report.warnings += [warning for warning in rows.warnings if warning not in report.warnings]
-        optimized, served, data = loaded, None, _learning_data(loaded, evaluation, options)
+        optimized, served, data = loaded, None, learning_data(loaded, evaluation, model, options)
         for name, chosen in tqdm(steps_wanted.steps, desc="passes", unit="pass", leave=False, disable=None):
             if served is None and passes.get(name).device:
                 served = optimized
@@ -147,7 +145,8 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
             report.warnings += step.warnings
 
         trained = any(step.name == "train_quantized" for step in report.steps)
-        artifacts = _emit(served or optimized, optimized, trained, workspace, options)
+        artifacts = emit.emit(served or optimized, optimized, trained, workspace, options)
+        signatures = (served or optimized).signatures
         assessment = Assessment(
             original=source,
             signature=main_signature(loaded),
@@ -165,6 +164,8 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         gc.collect()  # sessions are in cycles, and hold their variables: measuring needs the memory of large weights
         _add_signatures(report.model, source, list(verifier.inputs))
         report.artifacts = assess(assessment, artifacts)
+        if options.serving_tflite:
+            report.artifacts += emit.add_serving_tflite(report.artifacts, signatures, options)
         emitted = [a for a in report.artifacts if a.name != "original" and not a.rejected]
         for artifact in report.artifacts:
             if artifact.rejected:
@@ -173,7 +174,7 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         failed = [
             a.name
             for a in report.artifacts
-            if a.rejected and (a.name == "serving" or (options.tflite is not None and a.name in options.tflite))
+            if a.rejected and a.name in ("serving", emit.SERVING_TFLITE, *(options.tflite or ()))
         ]
         for artifact in emitted:
             artifact.path = str(workspace.final(artifact.path))
@@ -272,21 +273,13 @@ def listed(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def main_signature(model: Model) -> str:
-    """The signature that is measured: serving_default where there is one, else the first that takes inputs."""
-    names = list(model.signatures)
-    return next(
-        (n for n in ["serving_default", *names] if n in model.signatures and model.signatures[n].inputs), names[0]
-    )
-
-
 def _summary(chosen: passes.Pass) -> str:
     """The sentence with which the file of a pass opens."""
     text = sys.modules[chosen.run.__module__].__doc__ or ""
     return " ".join(text.split("\n\n")[0].split()).partition(": ")[2]
 
 
-def _check(options: Options) -> None:
+def _check(options: Options, steps: recipe.Recipe) -> None:
     """Raises what can be known to be wrong before any work is done."""
     try:
         tflite.check_names(options.tflite or ())
@@ -301,6 +294,12 @@ def _check(options: Options) -> None:
         raise TfoptError("--max_accuracy_drop needs --eval_data: there is nothing to measure accuracy on")
     if options.minimize not in passes.MINIMIZE:
         raise TfoptError(f"--minimize: choose from {', '.join(passes.MINIMIZE)}; received {options.minimize!r}")
+    if options.qat_engine not in passes.QAT_ENGINES:
+        raise TfoptError(f"--qat_engine: choose from {', '.join(passes.QAT_ENGINES)}; received {options.qat_engine!r}")
+    if options.qat_engine != "graph":
+        tfmot_route.check([name for name, _ in steps.steps])
+    if options.serving_tflite and options.tflite == ():
+        raise TfoptError("--serving_tflite needs a quantized file: name one, such as --tflite=dynamic_int8")
     if options.version < 1:
         raise TfoptError(
             f"--version: must be a positive number, as TensorFlow Serving wants; received {options.version}"
@@ -309,10 +308,6 @@ def _check(options: Options) -> None:
         raise TfoptError(f"--io_type: choose from {', '.join(tflite.IO_TYPES)}; received {options.io_type!r}")
     if options.runtime not in tflite.RUNTIMES:
         raise TfoptError(f"--runtime: choose from {', '.join(tflite.RUNTIMES)}; received {options.runtime!r}")
-
-
-def _targets(options: Options) -> list[str]:
-    return [f"serving/{options.version}", "device", "report.json", "report.html"]
 
 
 def _verify_words(verifier: Verifier, options: Options) -> str:
@@ -371,101 +366,3 @@ def _add_signatures(facts: dict[str, Any], source: Path, names: list[str]) -> No
 
 def _spec(spec: Any) -> dict[str, Any]:
     return {"name": spec.name, "dtype": str(spec.dtype), "shape": None if spec.shape is None else list(spec.shape)}
-
-
-def _evaluation_data(model: Model, options: Options) -> Dataset | None:
-    if not options.eval_data:
-        return None
-    name = main_signature(model)
-    data = load(options.eval_data, input_specs(model, name), feature_spec=features(model, name), label=options.label)
-    if data.labels is None:
-        raise TfoptError(f"--eval_data={options.eval_data}: holds no labels under {options.label!r} (see --label)")
-    return data
-
-
-def _learning_data(model: Model, evaluation: Dataset | None, options: Options) -> passes.Data:
-    """What passes that learn are given; read only where the owner named data."""
-    name = main_signature(model)
-
-    def rows(source: str | None, label: str) -> Dataset | None:
-        if source is None:
-            return None
-        return load(source, input_specs(model, name), feature_spec=features(model, name), label=label)
-
-    labelled = rows(options.labels, options.label)
-    if labelled is not None and labelled.labels is None:
-        raise TfoptError(f"--labels={options.labels}: holds no labels under {options.label!r} (see --label)")
-
-    def score(candidate: Model) -> float:
-        assert evaluation is not None
-        with Function(candidate) as function:
-            found = metrics.evaluate(
-                options.metric, lambda arrays: function(name, arrays), evaluation, options.eval_output
-            )
-        return -metrics.drop(metrics.Metric(options.metric, 0.0, found.samples), found)
-
-    return passes.Data(
-        signature=name,
-        teacher=model,
-        rows=rows(options.representative_data, "label"),
-        labelled=labelled,
-        score=score if evaluation is not None else None,
-        max_drop=options.max_accuracy_drop,
-        minimize=options.minimize,
-        integer_outputs=options.io_type == "int8" or options.all_integer,
-        seed=options.seed,
-    )
-
-
-def _representative(model: Model, source: str) -> dict[str, Dataset]:
-    """The rows to calibrate on, for every signature that they fit."""
-    rows = {}
-    for name in model.signatures:
-        try:
-            rows[name] = load(source, input_specs(model, name), feature_spec=features(model, name))
-        except TfoptError as error:
-            logging.info("representative data do not fit signature %r: %s", name, error)
-    return rows
-
-
-def _emit(model: Model, for_devices: Model, trained: bool, workspace: Workspace, options: Options) -> list[Artifact]:
-    """Writes the serving model, and the TFLite files of what may hold fake-quant ops, into the workspace."""
-    serving = workspace.path(f"serving/{options.version}")
-    limit = options.max_constant_bytes
-    saved_model.save(model, serving, max_constant_bytes=saved_model.MAX_CONSTANT_BYTES if limit is None else limit)
-    artifacts = [Artifact("serving", "saved_model", str(serving))]
-    names = options.tflite
-    if names is None:
-        names = ("float32", "dynamic_int8", *(["int8"] if options.representative_data else []))
-    if not names:
-        return artifacts
-    frozen, ranges = workspace.scratch / "device_model", workspace.scratch / "quantized_model"
-    try:
-        device = strip(for_devices, snap=True) if trained else model.copy()
-        device = device if options.keep_batch else fix_batch(device, 1)
-        if is_quantized(for_devices):
-            quantized = for_devices.copy() if options.keep_batch else fix_batch(for_devices, 1)
-            for_converter(quantized)
-            saved_model.save(quantized, ranges, max_constant_bytes=1 << 31)
-    except (ValueError, RuntimeError) as error:
-        reason = f"the batch cannot be fixed to 1 ({one_line(error)}); --keep_batch leaves it open"
-        return [*artifacts, *(Artifact(name, "tflite", rejected=f"{name}: {reason}") for name in names)]
-    saved_model.save(device, frozen, max_constant_bytes=1 << 31)
-    representative = _representative(model, options.representative_data) if options.representative_data else None
-    converted = tflite.convert(
-        frozen,
-        names,
-        workspace.path("device"),
-        representative=representative,
-        io_type=options.io_type,
-        runtime=options.runtime,
-        all_integer=options.all_integer,
-        fake_quantized=ranges if is_quantized(for_devices) else None,
-        trained=trained,
-        allow_select_tf_ops=options.allow_select_tf_ops,
-    )
-    for result in converted:
-        artifact = Artifact(result.name, "tflite", str(result.path or ""), notes=list(result.notes))
-        artifact.rejected = result.error
-        artifacts.append(artifact)
-    return artifacts

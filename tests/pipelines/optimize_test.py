@@ -53,7 +53,8 @@ def test_every_flag_reaches_its_option(run, monkeypatch):
         "metric": "auc", "eval_output": "y", "label": "l", "max_accuracy_drop": 0.5, "signatures": ("a", "b"),
         "seed": 7, "version": 3, "io_type": "int8", "max_constant_bytes": 9, "threads": 1, "inputs": ("x",),
         "outputs": ("y", "z"), "overwrite": True, "keep_batch": True, "allow_select_tf_ops": True,
-        "allow_unsafe_deserialization": True, "measure_latency": False,
+        "allow_unsafe_deserialization": True, "measure_latency": False, "labels": "t.npz", "minimize": "latency",
+        "qat_engine": "tfmot", "runtime": "tflite-2.14", "all_integer": True, "serving_tflite": True,
     }  # fmt: skip
     arguments = [f"--{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in wanted.items()]
     run("--model=m", "--output_dir=o", "--verify=off", *arguments)

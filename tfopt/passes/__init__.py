@@ -18,6 +18,7 @@ from tfopt.model import Model
 from tfopt.variables import new_function_name
 
 MINIMIZE = ("bytes", "latency")
+QAT_ENGINES = ("graph", "tfmot")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Data:
       minimize: what a search is to make least within it: "bytes" or "latency".
       integer_outputs: whether device files are to have integer outputs.
       seed: of everything random.
+      qat: trains a quantized model in place of `train_quantized`, with its arguments; None where that does it itself.
     """
 
     signature: str
@@ -45,6 +47,7 @@ class Data:
     minimize: str = "bytes"
     integer_outputs: bool = False
     seed: int = 0
+    qat: Callable[..., None] | None = None
 
     def need_rows(self, name: str) -> Dataset:
         """The representative rows, or the labelled ones, for a pass that cannot do without.

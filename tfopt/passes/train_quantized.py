@@ -43,6 +43,9 @@ def run(
       TfoptError: no rows, nothing to quantize, nothing to train.
     """
     rows = data.need_rows("train_quantized")
+    if data.qat is not None:
+        data.qat(model, log, data, bits, epochs, batch_size, learning_rate, alpha)
+        return
     few = rows.take(slice(0, None, max(len(rows) // _ROWS, 1)))
     quantized, _ = calibrate(model, log, data.signature, few, bits, calibrator, data.integer_outputs)
     promoted = promote(quantized, data.signature, ranges=True)

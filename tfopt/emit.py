@@ -1,0 +1,106 @@
+"""Writes the artifacts: the serving model, the TFLite files, and the TFLite file that TensorFlow Serving prefers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from tensorflow.core.protobuf.meta_graph_pb2 import SignatureDef
+
+from tfopt.errors import TfoptError, one_line
+from tfopt.export import saved_model, serving_tflite, tflite
+from tfopt.export.fake_quant_form import for_converter
+from tfopt.export.fixed_batch import fix_batch
+from tfopt.fake_quant import is_quantized, strip
+from tfopt.model import Model
+from tfopt.publish import Workspace
+from tfopt.report import Artifact
+from tfopt.run_data import representative_rows
+
+if TYPE_CHECKING:
+    from tfopt.optimize import Options
+
+SERVING_TFLITE = "serving_tflite"
+_PREFERRED = ("int8", "mixed", "dynamic_int8")  # where none was asked for by name
+
+
+def targets(options: Options) -> list[str]:
+    """What a run writes below its output directory."""
+    return [f"serving/{options.version}", "device", "report.json", "report.html"]
+
+
+def emit(model: Model, for_devices: Model, trained: bool, workspace: Workspace, options: Options) -> list[Artifact]:
+    """Writes the serving model, and the TFLite files of what may hold fake-quant ops, into the workspace."""
+    serving = workspace.path(f"serving/{options.version}")
+    limit = options.max_constant_bytes
+    saved_model.save(model, serving, max_constant_bytes=saved_model.MAX_CONSTANT_BYTES if limit is None else limit)
+    artifacts = [Artifact("serving", "saved_model", str(serving))]
+    names = options.tflite
+    if names is None:
+        names = ("float32", "dynamic_int8", *(["int8"] if options.representative_data else []))
+    if not names:
+        return artifacts
+    frozen, ranges = workspace.scratch / "device_model", workspace.scratch / "quantized_model"
+    try:
+        device = strip(for_devices, snap=True) if trained else model.copy()
+        device = device if options.keep_batch else fix_batch(device, 1)
+        if is_quantized(for_devices):
+            quantized = for_devices.copy() if options.keep_batch else fix_batch(for_devices, 1)
+            for_converter(quantized)
+            saved_model.save(quantized, ranges, max_constant_bytes=1 << 31)
+    except (ValueError, RuntimeError) as error:
+        reason = f"the batch cannot be fixed to 1 ({one_line(error)}); --keep_batch leaves it open"
+        return [*artifacts, *(Artifact(name, "tflite", rejected=f"{name}: {reason}") for name in names)]
+    saved_model.save(device, frozen, max_constant_bytes=1 << 31)
+    representative = representative_rows(model, options.representative_data) if options.representative_data else None
+    converted = tflite.convert(
+        frozen,
+        names,
+        workspace.path("device"),
+        representative=representative,
+        io_type=options.io_type,
+        runtime=options.runtime,
+        all_integer=options.all_integer,
+        fake_quantized=ranges if is_quantized(for_devices) else None,
+        trained=trained,
+        allow_select_tf_ops=options.allow_select_tf_ops,
+    )
+    for result in converted:
+        artifact = Artifact(result.name, "tflite", str(result.path or ""), notes=list(result.notes))
+        artifact.rejected = result.error
+        artifacts.append(artifact)
+    return artifacts
+
+
+def add_serving_tflite(
+    artifacts: list[Artifact], signatures: Mapping[str, SignatureDef], options: Options
+) -> list[Artifact]:
+    """Puts a quantized TFLite file beside the serving model, for --prefer_tflite_model.
+
+    Args:
+      artifacts: all that were assessed; the serving model gets notes.
+      signatures: of the serving model.
+      options: what the run was asked for; the first fitting file of `tflite` is taken.
+
+    Returns:
+      A rejected artifact with the reason where it cannot be done, else nothing: the file itself was assessed already.
+    """
+    files = {a.name: a for a in artifacts if a.kind == "tflite" and not a.rejected and a.path}
+    (serving,) = (a for a in artifacts if a.name == "serving")
+    wanted = [name for name in options.tflite or _PREFERRED if name not in ("float32", "float16")]
+    reasons = [f"no quantized file was made of {', '.join(wanted) or 'those asked for'}"]
+    if serving.rejected:
+        wanted, reasons = [], ["the serving model was rejected"]
+    for name in wanted:
+        if name not in files:
+            continue
+        try:
+            notes = serving_tflite.add(serving.path, files[name].path, signatures)
+        except TfoptError as error:
+            reasons.append(str(error).replace(f"{files[name].path}: ", f"{name}: "))
+            continue
+        serving.notes.append(f"{serving_tflite.FILE} beside it is {name}, for --prefer_tflite_model")
+        serving.notes += notes
+        return []
+    reason = "; ".join(reasons[1:] or reasons)
+    return [Artifact(SERVING_TFLITE, "tflite", rejected=f"--serving_tflite: {reason}")]

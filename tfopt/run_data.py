@@ -1,0 +1,85 @@
+"""Reads the rows that a run was given: to score, to learn from, to calibrate on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import logging
+
+from tfopt import metrics, passes, tfmot_route
+from tfopt.data import Dataset, load
+from tfopt.errors import TfoptError
+from tfopt.function import Function
+from tfopt.model import Model
+from tfopt.verify import features, input_specs
+
+if TYPE_CHECKING:
+    from tfopt.optimize import Options
+
+
+def main_signature(model: Model) -> str:
+    """The signature that is measured: serving_default where there is one, else the first that takes inputs."""
+    names = list(model.signatures)
+    return next(
+        (n for n in ["serving_default", *names] if n in model.signatures and model.signatures[n].inputs), names[0]
+    )
+
+
+def evaluation_rows(model: Model, options: Options) -> Dataset | None:
+    """The labelled rows of --eval_data; None where it is not given."""
+    if not options.eval_data:
+        return None
+    name = main_signature(model)
+    data = load(options.eval_data, input_specs(model, name), feature_spec=features(model, name), label=options.label)
+    if data.labels is None:
+        raise TfoptError(f"--eval_data={options.eval_data}: holds no labels under {options.label!r} (see --label)")
+    return data
+
+
+def learning_data(model: Model, evaluation: Dataset | None, source: str | Path, options: Options) -> passes.Data:
+    """What passes that learn are given; read only where the owner named data."""
+    name = main_signature(model)
+
+    def rows(source: str | None, label: str) -> Dataset | None:
+        if source is None:
+            return None
+        return load(source, input_specs(model, name), feature_spec=features(model, name), label=label)
+
+    labelled = rows(options.labels, options.label)
+    if labelled is not None and labelled.labels is None:
+        raise TfoptError(f"--labels={options.labels}: holds no labels under {options.label!r} (see --label)")
+
+    def score(candidate: Model) -> float:
+        assert evaluation is not None
+        with Function(candidate) as function:
+            found = metrics.evaluate(
+                options.metric, lambda arrays: function(name, arrays), evaluation, options.eval_output
+            )
+        return -metrics.drop(metrics.Metric(options.metric, 0.0, found.samples), found)
+
+    return passes.Data(
+        signature=name,
+        teacher=model,
+        rows=rows(options.representative_data, "label"),
+        labelled=labelled,
+        score=score if evaluation is not None else None,
+        max_drop=options.max_accuracy_drop,
+        minimize=options.minimize,
+        integer_outputs=options.io_type == "int8" or options.all_integer,
+        seed=options.seed,
+        qat=None
+        if options.qat_engine == "graph"
+        else tfmot_route.trainer(source, options.allow_unsafe_deserialization),
+    )
+
+
+def representative_rows(model: Model, source: str) -> dict[str, Dataset]:
+    """The rows to calibrate on, for every signature that they fit."""
+    rows = {}
+    for name in model.signatures:
+        try:
+            rows[name] = load(source, input_specs(model, name), feature_spec=features(model, name))
+        except TfoptError as error:
+            logging.info("representative data do not fit signature %r: %s", name, error)
+    return rows
