@@ -44,7 +44,7 @@ def test_nearly_the_least_bytes_within_the_bar(seed):
 @pytest.mark.parametrize(("bar", "bits"), [(1e9, 4), (0.0, FLOAT)])
 def test_the_ends(bar, bits):
     layers = random_layers(5, 1)
-    found = search(layers, added(layers), bar)
+    found = search(layers, added(layers), bar, (4, 8, FLOAT))
     assert found.met and set(found.bits.values()) == {bits}
     assert bits != 4 or found.evaluations == 1
 
@@ -52,7 +52,7 @@ def test_the_ends(bar, bits):
 def test_float_only_where_it_is_needed():
     layers = random_layers(6, 2)
     drop = added(layers)
-    found = search(layers, drop, 0.2 * drop(dict.fromkeys([layer.name for layer in layers], 8)))
+    found = search(layers, drop, 0.2 * drop(dict.fromkeys([layer.name for layer in layers], 8)), (4, 8, FLOAT))
     assert found.met and set(found.bits.values()) == {8, FLOAT}
     assert found.uniform[4] > found.uniform[8] > found.drop
 
@@ -60,7 +60,7 @@ def test_float_only_where_it_is_needed():
 def test_a_bar_that_cannot_be_met_gives_the_nearest_miss():
     layers = random_layers(4, 3)
     drop = added(layers)
-    found = search(layers, lambda bits: 0.1 + drop(bits), 0.05)
+    found = search(layers, lambda bits: 0.1 + drop(bits), 0.05, (4, 8, FLOAT))
     assert not found.met and found.drop == pytest.approx(0.1) and set(found.bits.values()) == {FLOAT}
 
 

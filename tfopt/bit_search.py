@@ -62,7 +62,7 @@ def search(
     layers: Sequence[Layer],
     drop: Callable[[Mapping[str, int]], float],
     bar: float,
-    widths: Sequence[int] = (4, 8, FLOAT),
+    widths: Sequence[int] = (4, 8),
     limit: int = 40,
 ) -> Found:
     """Searches for the least cost within the bar.

@@ -1,11 +1,12 @@
-"""mixed_precision: gives each layer's weights 4 bits, or 8, or none, so that the file is small and accurate enough.
+"""mixed_precision: gives each layer's weights 4 bits or 8, so that the file is small and accurate enough.
 
-    min  sum_L n_L b_L / 8      over b_L in {4, 8, 32} bits for the n_L weights of each layer L
+    min  sum_L n_L b_L / 8      over b_L in {4, 8} bits for the n_L weights of each layer L
     subject to  score(float) - score(b) <= bar
 
 All begin with 4 bits. The error that each brings to the model's outputs on its own (`tfopt.sensitivity`) gives the
 order in which they are restored, the greatest error per byte first; how many must be is found by bisection, and then
-each is lowered again where the bar allows it. Activations have 8 bits.
+each is lowered again where the bar allows it. Activations have 8 bits. No layer is left in float: the converter would
+quantize its weights all the same, by their extremes.
 
 Where latency is to be least, a bit costs as much as its weight is used (multiplications), and 4 bits are tried only if
 the file with 4 bits everywhere is faster on this machine than that with 8: most kernels for CPUs unpack them first.
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from tfopt.bit_search import FLOAT, Found, Layer, search
+from tfopt.bit_search import Found, Layer, search
 from tfopt.calibration import weight_scale
 from tfopt.data import Dataset
 from tfopt.errors import TfoptError
@@ -34,7 +35,7 @@ from tfopt.quantization_sites import DEPTHWISE, TENSOR, Sites, Weight
 from tfopt.rewrite import Log
 from tfopt.sensitivity import sensitivity
 
-_BITS = (4, 8)
+_BITS: tuple[int, ...] = (4, 8)
 _GAIN = 0.97  # a latency that is more than this part of another is not less: so far do two runs differ
 _METHODS = {4: "mse", 8: "max"}  # how the scale of weights is found, as in `quantize`
 
@@ -96,7 +97,7 @@ def run(
         score = data.score
         reference, words = score(data.teacher), "drop of the score on the evaluation data"
     bar = max_drop if data.max_drop is None else data.max_drop
-    widths: tuple[int, ...] = (*_BITS, FLOAT)
+    widths = _BITS
     if data.minimize == "latency":
         layers = _timed(layers, where)
         ends = {bits: _with_bits(base, quantized, dict.fromkeys(quantized, bits)) for bits in _BITS}
@@ -114,9 +115,9 @@ def run(
         }
         for layer in layers
     ]
-    for bits in (*_BITS, FLOAT):
+    for bits in _BITS:
         if number := sum(each == bits for each in found.bits.values()):
-            log.applied[f"layer in {_named(bits)}"] = number
+            log.applied[f"layer in {bits} bits"] = number
     log.applied["activation in 8 bits"] = len(where.activations)
     model.graph = candidate(found.bits).graph
 
@@ -130,7 +131,7 @@ def _words(found: Found, layers: list[Layer], what: str, bar: float) -> list[str
     whole, chosen = (
         sum(layer.bytes(bits[layer.name]) for layer in layers) for bits in (dict.fromkeys(found.bits, 8), found.bits)
     )
-    drops = [f"{drop:.4g} with {_named(bits)} for all weights" for bits, drop in found.uniform.items()]
+    drops = [f"{drop:.4g} with {bits} bits for all weights" for bits, drop in found.uniform.items()]
     stopped = ", the limit" if found.stopped else ""
     notes = [
         f"{what}: {', '.join(drops)}, {found.drop:.4g} as chosen ({found.evaluations} models scored{stopped})",
@@ -138,14 +139,10 @@ def _words(found: Found, layers: list[Layer], what: str, bar: float) -> list[str
     ]
     if not found.met:
         notes.append(
-            f"mixed_precision: no choice of bits is within the bar of {bar:.4g}: 8-bit activations alone, with all "
-            f"weights in float, bring {found.uniform[FLOAT]:.4g} ({what}); the nearest miss is {found.drop:.4g}"
+            f"mixed_precision: no choice of bits is within the bar of {bar:.4g}: 8 bits for all weights and "
+            f"activations bring {found.uniform[8]:.4g} ({what}); the nearest miss is {found.drop:.4g}"
         )
     return notes
-
-
-def _named(bits: int) -> str:
-    return "float" if bits == FLOAT else f"{bits} bits"
 
 
 def _fastest(model: Model, ends: Mapping[int, Model], signature: str, rows: Dataset, log: Log) -> tuple[int, ...]:
@@ -155,14 +152,14 @@ def _fastest(model: Model, ends: Mapping[int, Model], signature: str, rows: Data
         times = device_latency(model, named, signature, rows.take(slice(0, 1)).inputs)
     except (TfoptError, ValueError) as error:
         log.notes.append(f"latency could not be measured ({error}): 8 bits are taken to be no slower than 4")
-        return 8, FLOAT
+        return (8,)
     low, high = times["4"], times["8"]
     gains = low < _GAIN * high
     log.notes.append(
         f"latency: {low:.3g} ms with 4 bits for all weights, {high:.3g} ms with 8"
         + ("" if gains else ": 4 bits gain nothing here, so that no layer gets them")
     )
-    return (4, 8, FLOAT) if gains else (8, FLOAT)
+    return _BITS if gains else (8,)
 
 
 def _timed(layers: list[Layer], where: Sites) -> list[Layer]:
@@ -193,7 +190,7 @@ def _weights(base: Model, where: Sites) -> dict[str, _Quantized]:
         node = base.graph.producer(base.graph.nodes[weight.node].input[weight.index])
         if node.op == "Reshape":  # a depthwise kernel, held flat
             node = base.graph.producer(node.input[0])
-        if weight.linear and node.name not in {each.node for each in found.values()}:
+        if weight.linear and weight.low and node.name not in {each.node for each in found.values()}:
             held = _constant(base, node.input[0])
             axis = None if weight.layout == TENSOR else held.ndim - 1
             scales = {bits: weight_scale(held, axis, bits, method) for bits, method in _METHODS.items()}
@@ -207,9 +204,6 @@ def _with_bits(base: Model, quantized: Mapping[str, _Quantized], bits: Mapping[s
     made = base.copy()
     for name, each in quantized.items():
         node = made.graph.nodes[each.node]
-        if bits[name] == FLOAT:
-            made.graph.redirect(node.name, node.input[0])
-            continue
         node.attr["num_bits"].i = bits[name]
         scale = each.scales[bits[name]]
         for ref, limit in zip(node.input[1:3], (-scale, scale), strict=True):
