@@ -276,8 +276,10 @@ def _linear_ops() -> tuple[str, ...]:
 
 def _unbatched(node: NodeDef) -> bool:
     """Whether an Einsum becomes FULLY_CONNECTED; BATCH_MATMUL takes no weights of 4 bits."""
+    if node.op != "Einsum":
+        return False
     operands, _, result = node.attr["equation"].s.decode().partition("->")
-    return node.op == "Einsum" and not set.intersection(*map(set, operands.split(",")), set(result))
+    return not set.intersection(*map(set, operands.split(",")), set(result))
 
 
 def _tensors(graph: Graph, model: Model) -> tuple[dict[str, tf.DType], dict[str, tuple[int | None, ...] | None]]:

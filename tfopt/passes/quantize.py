@@ -103,8 +103,9 @@ def calibrate(
         chosen = max(tried, key=lambda method: tried[method])
         others = ", ".join(f"{method} {ratio:.1f}" for method, ratio in tried.items())
         log.notes.append(f"calibrated by {chosen} on {len(rows)} rows (signal-to-noise ratio in dB: {others})")
-    log.applied[f"weight in {bits} bits"] = sum(weight.linear for weight in where.weights)
-    log.applied["constant in 8 bits"] = sum(not weight.linear for weight in where.weights)
+    narrow = [weight.linear and (weight.low or bits == 8) for weight in where.weights]
+    log.applied[f"weight in {bits} bits"] = sum(narrow)
+    log.applied["constant in 8 bits"] = len(narrow) - sum(narrow)
     log.applied["activation in 8 bits"] = len(where.activations)
     return found, where
 
