@@ -23,7 +23,7 @@ def _candidates(folder: Path, static: bool, *each: tuple[float | None, int, bool
     [
         (False, [(29.0, 100, True), (31.0, 900, True)], 1),  # the closer one
         (False, [(30.1, 100, True), (31.0, 900, True)], 0),  # as close: the smaller one
-        (False, [(30.8, 100, True), (31.0, 100, True)], 1),  # as close and as small: the closer one
+        (False, [(30.8, 102, True), (31.0, 100, True)], 0),  # as close and as small: the first
         (True, [(48.0, 100, False), (50.0, 900, True)], 1),  # with a float op
         (False, [(None, 900, True), (None, 100, True)], 1),
         (True, [(float("inf"), 900, False), (60.0, 100, False)], 0),

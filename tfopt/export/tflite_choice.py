@@ -1,6 +1,7 @@
 """Which of several files of one kind is kept.
 
-The highest signal-to-noise ratio; among those within 1 dB of it, the smallest.
+The highest signal-to-noise ratio; of those within 1 dB of it, and within 5% of the bytes of the smallest of these, the
+one of the engine that comes first.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from tfopt.export.tflite_kinds import Engine
 
 _SIMILAR = 1.0  # dB
+_SAME_SIZE = 1.05
 
 
 class Candidate(NamedTuple):
@@ -43,7 +45,8 @@ def choose(found: list[Candidate]) -> Candidate:
     """Returns the best of several files of one kind."""
     top = max(each.snr for each in found)
     similar = [each for each in found if each.snr == top or each.snr >= top - _SIMILAR]
-    return min(similar, key=lambda each: (each.size, -each.snr))
+    smallest = min(each.size for each in similar)
+    return next(each for each in similar if each.size <= _SAME_SIZE * smallest)
 
 
 def left(facts: Mapping[str, Any]) -> str:

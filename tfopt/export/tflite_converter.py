@@ -9,6 +9,7 @@ from typing import Any
 
 from tfopt import runtime
 from tfopt.errors import TfoptError
+from tfopt.export.tflite_islands import float_islands
 from tfopt.export.tflite_names import shorten
 from tfopt.export.tflite_rows import calls
 
@@ -77,6 +78,8 @@ def _write(converter: Any, job: Mapping[str, Any]) -> list[str]:
 
             converter.target_spec.supported_ops += [tf.lite.OpsSet.SELECT_TF_OPS]
         content = _run(converter)
+    if job["name"] in ("int8", "int4", "mixed") and not job["all_integer"] and job["io_type"] == "float32":
+        content = float_islands(content)
     Path(job["path"]).write_bytes(shorten(content))
     return notes
 
