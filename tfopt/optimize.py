@@ -233,7 +233,7 @@ def run_pass(
     if problem is None and verifier is not None:
         found = verifier.last if same else verifier.check(rewritten)
         step.max_error = found.relative
-        if chosen.lossless:
+        if chosen.lossless or not np.isfinite(found.relative):  # lossy, and yet an answer
             problem = found.broken
     if problem is not None:
         step.status = "undone"
