@@ -44,7 +44,7 @@ _KEEPS = frozenset(
 )
 _ROUNDS = frozenset(("AvgPool", "ResizeBilinear"))  # the same, but they compute
 _SHARES = frozenset(("ConcatV2", "Pack", "Maximum", "Minimum"))
-_BODIES = ("While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase")
+BODIES = ("While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase")
 # Fixed by the specification: scale 1/256 from 0, 1/128 around 0, 16/256 up to 0.
 FIXED = {
     **dict.fromkeys(("Softmax", "Sigmoid"), (0.0, 255 / 256)),
@@ -190,13 +190,13 @@ class _Finder:
 
     def _of_body(self, node: NodeDef) -> Iterable[Weight]:
         """The matrices that a loop or a branch is given: it computes in float, and holds them with 8 or 4 bits."""
-        for index, ref in enumerate(self.graph.data_inputs(node) if node.op in _BODIES else []):
+        for index, ref in enumerate(self.graph.data_inputs(node) if node.op in BODIES else []):
             value = self.graph.constant(ref)
             if value is not None and value.dtype == np.float32 and value.ndim == 2 and min(value.shape) > 1:
                 yield Weight(node.name, index, ref, LAST, True)
 
     def _float_reason(self, node: NodeDef) -> str | None:
-        if node.op in _BODIES:
+        if node.op in BODIES:
             return f"{node.op} computes in float; the matrices that it reads have fewer bits"
         if not self._is_float(node) or node.op in ("Const", "Placeholder"):
             return None

@@ -1,9 +1,10 @@
-"""Dense layers whose weights are fake-quantized per output channel, in the form that TensorFlow's converter reads.
+"""A graph with fake-quant ops, in the form that TensorFlow's converter reads.
 
     x W  =  reshape(conv(reshape(x, [1, rows, 1, in]), W as [1, 1, in, out]))
 
 It gives a matrix product one scale for all of its weights, and fails where it finds more; a convolution has one for
-each output channel, in every version of the runtime.
+each output channel, in every version of the runtime. In loops it fails as well: their matrices become floats on their
+grid. A bias whose values are all equal gets the scale of the first channel: one value is moved by the least there is.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
-from tfopt.fake_quant import OPS, PER_CHANNEL
+from tfopt.fake_quant import OPS, PER_CHANNEL, quantized_value
 from tfopt.graph import Graph, infer_shapes, join, make_node, split
 from tfopt.model import Model
+from tfopt.quantization_sites import BODIES
 
 _PRODUCTS = ("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3")
 _FOLLOW = ("BiasAdd", "AddV2", "Add", "Sub", "Relu", "Relu6", *OPS)  # what the kernel of a convolution does as well
 
 
 def for_converter(model: Model) -> None:
-    """Rewrites them as 1x1 convolutions, in place.
+    """Rewrites what it would not take, in place: dense layers become 1x1 convolutions.
 
     Args:
       model: with a fixed batch: the shape of a dense layer's result must be known, but for one dimension.
@@ -32,6 +34,12 @@ def for_converter(model: Model) -> None:
       ValueError: it is not.
     """
     graph = model.graph
+    for node in list(graph.nodes.values()):
+        if node.op in BODIES:
+            _plain(graph, node)
+        elif node.op in ("BiasAdd", "AddV2", "Add", "Sub"):
+            _uneven(graph, node)
+    graph.sweep()
     shapes = infer_shapes(graph, model.library())
     for node in list(graph.nodes.values()):
         if node.op not in _PRODUCTS or graph.producer(node.input[1]).op != PER_CHANNEL:
@@ -48,6 +56,26 @@ def _weight(graph: Graph, hint: str, value: np.ndarray) -> str:
     graph.add(make_node(name, "Placeholder", dtype=tf.float32, shape=tuple(value.shape)))
     graph.weights[name] = np.ascontiguousarray(value)
     return name
+
+
+def _plain(graph: Graph, node: NodeDef) -> None:
+    """Takes the fake quantization off the matrices that a loop or a branch is given; they keep to their grid."""
+    for index, ref in enumerate(graph.data_inputs(node)):
+        producer = graph.producer(ref)
+        if producer.op in OPS and graph.constant(producer.input[0]) is not None:
+            value = quantized_value(graph, producer.name)
+            graph.set_input(node.name, index, _weight(graph, f"{producer.name}/snapped", value))
+
+
+def _uneven(graph: Graph, node: NodeDef) -> None:
+    for index, ref in enumerate(graph.data_inputs(node)):
+        value = graph.constant(ref)
+        if value is None or value.dtype != np.float32 or value.size < 2:
+            continue
+        if value.flat[0] and (value == value.flat[0]).all():
+            moved = value.copy()
+            moved.flat[0] = np.nextafter(moved.flat[0], np.float32(np.inf))
+            graph.set_input(node.name, index, _weight(graph, f"{node.name}/uneven", moved))
 
 
 def _dense(graph: Graph, node: NodeDef, shape: list[int]) -> None:
