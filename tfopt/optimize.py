@@ -285,8 +285,9 @@ def _check(options: Options, steps: recipe.Recipe) -> None:
         tflite.check_names(options.tflite or ())
     except TfoptError as error:
         raise TfoptError(f"--tflite: {error}") from error
+    learned = options.labels and any(passes.get(name).learns and passes.get(name).device for name, _ in steps.steps)
     for name in options.tflite or ():
-        if name in tflite.STATIC and not options.representative_data:
+        if name in tflite.STATIC and not options.representative_data and not learned:
             raise TfoptError(f"--tflite={name} needs --representative_data: integer activations are calibrated on it")
     if options.metric not in metrics.METRICS:
         raise TfoptError(f"--metric: unknown {options.metric!r}; choose from {', '.join(metrics.METRICS)}")

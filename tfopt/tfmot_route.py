@@ -19,7 +19,7 @@ from tfopt.child import Child, ChildError
 from tfopt.errors import TfoptError
 from tfopt.fake_quant import OPS
 from tfopt.model import Model, load
-from tfopt.passes import Data
+from tfopt.passes import Data, merge_duplicates, prune_graph
 from tfopt.rewrite import Log
 
 _TIMEOUT = 7 * 24 * 3600.0  # seconds: a training is as long as its owner makes it
@@ -97,6 +97,8 @@ def train(
                 f"--qat_engine=tfmot: {source}: {error}; --qat_engine=graph needs no Keras and works"
             ) from error
         trained = load(written, list(model.signatures))
+    for lossless in (prune_graph, merge_duplicates):  # each signature comes with a computation of its own
+        lossless.run(trained, Log())
     log.applied["fake quantization by TFMOT"] += sum(node.op in OPS for node in trained.graph.nodes.values())
     losses = found["losses"]
     log.notes.append(

@@ -19,7 +19,7 @@ from unittest import mock
 import numpy as np
 
 from tfopt import keras_file
-from tfopt.errors import TfoptError, one_line
+from tfopt.errors import TfoptError
 from tfopt.model import read_meta_graph
 
 _HELD_BACK = 10  # every tenth row decides which weights are best
@@ -50,10 +50,10 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
 
     tf_keras.utils.set_random_seed(job["seed"])
     model = _load(Path(job["source"]), job["allow_unsafe"])
+    qat = _quantized(model)  # before anything is asked of layers that a subclassed model does not show
     ends = {name: _match(model, name, *sides) for name, sides in job["ends"].items()}
     names = ends[job["main"]][0]
     inputs, targets, losses = _rows(model, names, job)
-    qat = _quantized(model)
     some = [array[:: -(-len(array) // 256)] for array in inputs]
     _calibrate(qat, some, job["batch_size"])
     order = np.random.default_rng(job["seed"]).permutation(len(inputs[0]))
@@ -90,7 +90,7 @@ def _load(path: Path, allow_unsafe: bool) -> Any:
     try:
         model = tf_keras.models.load_model(path, compile=False, safe_mode=not allow_unsafe)
     except Exception as error:  # whatever Keras raises about a file that is not its own
-        raise TfoptError(f"Keras 2 cannot load it: {one_line(error)[:300]}") from error
+        raise TfoptError(f"Keras 2 cannot load it: {_sentence(error)}") from error
     if not isinstance(model, tf_keras.Model):
         raise TfoptError("Keras 2 finds no layers in it: it is of Keras 3, TensorFlow 1, or no Keras at all")
     return model
@@ -181,18 +181,25 @@ def _quantized(model: Any) -> Any:
     import tensorflow_model_optimization as tfmot
     import tf_keras
 
+    if not getattr(model, "_is_graph_network", False):
+        raise TfoptError("TFMOT refuses it: it is a subclassed model, neither Sequential nor Functional")
     try:
         clone = tf_keras.models.clone_model(model)
         clone.set_weights(model.get_weights())
         qat = tfmot.quantization.keras.quantize_model(clone)
     except Exception as error:  # TFMOT refuses by exceptions of many kinds
-        sentence = re.split(r"(?<=[.!]) (?=[A-Z])", " ".join(str(error).split()))[0]
-        raise TfoptError(f"TFMOT refuses it: {sentence[:300]}") from error
+        raise TfoptError(f"TFMOT refuses it: {_sentence(error)}") from error
     for layer in qat.layers:
         inner = getattr(layer, "layer", layer)
         if isinstance(inner, tf_keras.layers.BatchNormalization):
             inner.call = _as_served(inner.call)
     return qat
+
+
+def _sentence(error: Exception) -> str:
+    """The first sentence of a message: what follows explains how to write code."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.split(r"[.!] (?=[A-Z])", text)[0].rstrip(".")[:300]
 
 
 def _as_served(call: Callable[..., Any]) -> Callable[..., Any]:
