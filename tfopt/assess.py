@@ -78,6 +78,8 @@ def assess(job: Assessment, artifacts: list[Artifact]) -> list[Artifact]:
                 raise
             artifact.rejected = str(error)
             continue
+        if artifact is original:  # it is the yardstick: a bar that asks for a gain is no reason against it
+            continue
         if artifact not in runnable and job.max_accuracy_drop is not None:
             artifact.rejected = "its accuracy cannot be measured here, so it cannot pass --max_accuracy_drop"
         if artifact.accuracy and original.accuracy and job.max_accuracy_drop is not None:

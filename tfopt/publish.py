@@ -83,8 +83,8 @@ class Workspace:
         self.path(target).write_text(text, encoding="utf-8")
 
     def discard(self, path: str | Path) -> None:
-        """Removes a rejected artifact, if it was written at all."""
-        if not path:
+        """Removes a rejected artifact, if it was written at all; what is not in the workspace is not removed."""
+        if not path or not Path(path).is_relative_to(self._root):
             return
         if Path(path).is_dir():
             shutil.rmtree(path)
