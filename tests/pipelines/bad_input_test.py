@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from tests.conftest import REPO
 from tests.forked import Server
@@ -81,6 +82,9 @@ SAYS = {
     "labels and inputs of different lengths": "wants as many rows everywhere, received",
     "unknown tflite name": "--tflite: unknown name 'int7'; choose from ",
     "int8 without data": "--tflite=int8 needs --representative_data",
+    "recipe for int8 without data": "--representative_data",
+    "training for int8 without data": "--representative_data",
+    "NaN in calibration data": "input 'image' holds NaN or infinity in row 2",
     "drop without evaluation data": "--max_accuracy_drop needs --eval_data",
     "unknown metric": "--metric: unknown 'nope'; choose from ",
     "unknown output": "no output 'nope'",
@@ -98,6 +102,8 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
     """Case -> flags."""
     model, output = f"--model={MODEL}", f"--output_dir={out}"
     image = np.zeros((4, 8, 8, 1), np.float32)
+    with_nan = image.copy()
+    with_nan[2, 3, 3] = np.nan
     noise = np.random.default_rng(0).bytes(5000)
     (folder / "noise").mkdir()
     (folder / "noise" / "saved_model.pb").write_bytes(noise)
@@ -161,6 +167,9 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
         "labels and inputs of different lengths": evaluated(image=image, label=np.zeros(3, np.int64)),
         "unknown tflite name": [model, output, "--tflite=int7"],
         "int8 without data": [model, output, "--tflite=int8"],
+        "recipe for int8 without data": [model, output, "--recipe=device_int8"],
+        "training for int8 without data": [model, output, "--recipe=qat_int8"],
+        "NaN in calibration data": [*with_data("nan", image=with_nan), "--recipe=device_int8"],
         "drop without evaluation data": [model, output, "--max_accuracy_drop=0.1"],
         "unknown metric": evaluated("--metric=nope", image=image, label=np.zeros(4, np.int64)),
         "unknown output": evaluated("--eval_output=nope", image=image, label=np.zeros(4, np.int64)),
@@ -202,6 +211,56 @@ def test_one_line_and_nothing_left(ended, case):
 
 def test_every_case_says_something(ended):
     assert ended.keys() == SAYS.keys()
+
+
+class Elu(tf.Module):
+    """A layer whose activation has no integer kernel."""
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 16), tf.float32, name="x")])
+    def score(self, x):
+        kernel = np.random.default_rng(0).normal(size=(16, 64)).astype(np.float32)
+        return {"y": tf.nn.elu(x @ kernel) @ kernel.T}
+
+
+def test_what_cannot_be_met_is_rejected_in_the_report(tmp_path):
+    """Exit code 1: the files are not there, nothing else is left, and the report says what stood in the way."""
+    elu = Elu()
+    tf.saved_model.save(elu, str(tmp_path / "elu"), signatures={"serving_default": elu.score})
+    random = np.random.default_rng(1)
+    rows = arrays(tmp_path, "rows", x=random.normal(size=(8, 16)).astype(np.float32))
+    images = random.uniform(size=(8, 8, 8, 1)).astype(np.float32)
+    seen = arrays(tmp_path, "seen", image=images)
+    judged = arrays(tmp_path, "judged", image=images, label=np.zeros(8, np.int64))
+    nan = images.copy()
+    nan[2, 3, 3] = np.nan
+    broken = arrays(tmp_path, "broken", image=nan)
+    model, quick = shutil.copytree(MODEL, tmp_path / "digits"), "--nomeasure_latency"
+
+    def int8(source: str) -> list[str]:
+        return ["--recipe=device_int8", f"--representative_data={source}"]
+
+    bar = [f"--eval_data={judged}", "--max_accuracy_drop=-1"]
+    cases = {
+        "ELU": [f"--model={tmp_path / 'elu'}", *int8(rows), "--all_integer"],
+        "drop": [f"--model={model}", *int8(seen), *bar],
+        "NaN": [f"--model={model}", "--tflite=int8", f"--representative_data={broken}"],
+    }
+    before = sorted(tmp_path.rglob("*"))
+    with Server("pipelines.optimize", "tfopt.optimize") as server:
+        flags = [[*case, quick, f"--output_dir={tmp_path / 'out' / name}"] for name, case in cases.items()]
+        results = dict(zip(cases, server.run_all(flags, tmp_path / "log", timeout=300), strict=True))
+    for name, result in results.items():
+        out = tmp_path / "out" / name
+        assert result.code == 1 and "Traceback" not in result.stderr, (name, result.stderr[-2000:])
+        report = json.loads((out / "report.json").read_text())
+        rejected = {each["name"]: each["rejected"] for each in report["artifacts"] if each["rejected"]}
+        assert {"ELU": "no integer kernel for 1 x ELU", "drop": "accuracy falls by 0", "NaN": "NaN"}[name] in rejected[
+            "int8"
+        ]
+        kept = {"report.json", "report.html", "serving"} - rejected.keys()
+        assert {path.name for path in out.iterdir()} == kept
+    left = {path for path in tmp_path.rglob("*") if not {"out", "log"} & set(path.relative_to(tmp_path).parts)}
+    assert sorted(left) == before
 
 
 def test_real_models(shared, tmp_path):
