@@ -97,11 +97,7 @@ def run(
             names=[name for name in names if name in graph.nodes and name not in chosen] + own,
             title="binarize",
         )
-        start, best = history.validation[0], min(history.validation)
-        log.notes.append(
-            f"loss on {history.validation_rows} rows held back: {start:.4g} before training, {best:.4g} after "
-            f"{history.best_step} of {history.steps} steps on {history.rows} rows ({history.stopped})"
-        )
+        log.notes.append(history.summary())
     for binary in binaries:
         _pack(graph, binary, log)
     graph.sweep()

@@ -44,6 +44,8 @@ def run(
     """
     rows = data.need_rows("train_quantized")
     if data.qat is not None:
+        if calibrator != "best":
+            log.notes.append(f"calibrator={calibrator} is not used: TFMOT has its own ranges")
         data.qat(model, log, data, bits, epochs, batch_size, learning_rate, alpha)
         return
     few = rows.take(slice(0, None, max(len(rows) // _ROWS, 1)))
@@ -63,11 +65,7 @@ def run(
     )
     held = {split(node.input[0])[0] for node in quantized.graph.nodes.values() if node.op in OPS}
     demote(quantized, set(promoted) - held)
-    start, best = history.validation[0], min(history.validation)
-    log.notes.append(
-        f"loss on {history.validation_rows} rows held back: {start:.4g} before training, {best:.4g} after "
-        f"{history.best_step} of {history.steps} steps on {history.rows} rows ({history.stopped})"
-    )
+    log.notes.append(history.summary())
     model.graph = quantized.graph
 
 
