@@ -153,7 +153,7 @@ def test_a_recurrent_layer_converts_with_its_loop(tmp_path):
         (want,) = original.run("serving_default", {"x": x}).values()
     for name, tolerance in (("float32", 1e-5), ("dynamic_int8", 0.03)):
         with runtime.open(made[name].path) as program:
-            assert program.loader == (runtime.LITERT if name == "float32" else runtime.PLAIN)
+            assert program.loader == runtime.LITERT
             (got,) = program.run("serving_default", {"x": x}).values()
         np.testing.assert_allclose(got, want, atol=tolerance)
 
