@@ -119,6 +119,15 @@ def test_random_signatures_are_named_and_the_others_still_compared(tmp_path):
     assert "off by" in verifier.check(broken).broken
 
 
+def test_a_fixed_batch_takes_as_many_rows_as_it_has(tmp_path):
+    module = tf.Module()
+    module.f = tf.function(lambda x: {"y": 2 * x}, input_signature=[tf.TensorSpec((2, 3), tf.float32, "x")])
+    tf.saved_model.save(module, tmp_path / "m", signatures={"serving_default": module.f})
+    np.savez(tmp_path / "rows.npz", x=np.ones((7, 3), np.float32))
+    verifier = Verifier(model.load(tmp_path / "m"), str(tmp_path / "rows.npz"), 0)
+    assert len(verifier.inputs["serving_default"]) == 2
+
+
 def test_representative_data_is_used_and_must_fit(built, tmp_path):
     loaded = model.load(built("shared_weights"))
     np.savez(tmp_path / "x.npz", x=rows(20, 4, seed=3))

@@ -92,22 +92,25 @@ class Sites:
     shapes: dict[str, tuple[int | None, ...] | None]
 
 
-def sites(model: Model, integer_outputs: bool = False) -> Sites:
+def sites(model: Model, integer_outputs: bool = False, signature: str | None = None) -> Sites:
     """Finds where a model is quantized; the model should have gone through the lossless recipe.
 
     Args:
       model: left as it is. Functions (branches, loop bodies) stay in float.
       integer_outputs: whether the results are to be integers. Otherwise a softmax that comes last stays in float, which
         is exact, and several times faster than the integer kernel.
+      signature: the one that is quantized, with what others share with it; None for all.
     """
-    return _Finder(model, integer_outputs).find()
+    return _Finder(model, integer_outputs, signature).find()
 
 
 class _Finder:
-    def __init__(self, model: Model, integer_outputs: bool):
+    def __init__(self, model: Model, integer_outputs: bool, signature: str | None):
         self.graph = model.graph
         self.integer_outputs = integer_outputs
-        self.live = self.graph.reachable(split(ref)[0] for ref in self.graph.outputs.values())
+        prefix = "" if signature is None else f"{signature}:"
+        outputs = [ref for label, ref in self.graph.outputs.items() if label.startswith(prefix)]
+        self.live = self.graph.reachable(split(ref)[0] for ref in outputs)
         self.order = [node for node in self.graph.topological() if node.name in self.live]
         self.dtypes, self.shapes = _tensors(self.graph, model)
         self.composite: dict[str, set[str]] = {}  # the node that gives y -> the inside

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from absl import logging
 
 from tfopt import metrics, passes, tfmot_route
-from tfopt.data import Dataset, load
+from tfopt.data import Dataset, batch_size, load
 from tfopt.errors import TfoptError
 from tfopt.function import Function
 from tfopt.model import Model
@@ -16,6 +16,8 @@ from tfopt.verify import features, input_specs
 
 if TYPE_CHECKING:
     from tfopt.optimize import Options
+
+_EVALUATION_BATCH = 100
 
 
 def main_signature(model: Model) -> str:
@@ -52,9 +54,15 @@ def learning_data(model: Model, evaluation: Dataset | None, source: str | Path, 
 
     def score(candidate: Model) -> float:
         assert evaluation is not None
+        size = batch_size(input_specs(candidate, name), _EVALUATION_BATCH)
         with Function(candidate) as function:
             found = metrics.evaluate(
-                options.metric, lambda arrays: function(name, arrays), evaluation, options.eval_output
+                options.metric,
+                lambda arrays: function(name, arrays),
+                evaluation,
+                options.eval_output,
+                batch_size=size,
+                pad=size != _EVALUATION_BATCH,
             )
         return -metrics.drop(metrics.Metric(options.metric, 0.0, found.samples), found)
 

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfopt import composite
-from tfopt.data import Dataset, TensorSpec, load, probes
+from tfopt.data import Dataset, TensorSpec, batch_size, load, probes
 from tfopt.errors import TfoptError
 from tfopt.feature_spec import feature_spec
 from tfopt.function import Function
@@ -158,7 +158,8 @@ def inputs_for(model: Model, data: str | None, seed: int, run: Callable[[str, di
         specs = input_specs(model, name)
         if data:
             try:
-                chosen[name] = load(data, specs, feature_spec=features(model, name), limit=_DATA_ROWS)
+                rows = batch_size(specs, _DATA_ROWS)
+                chosen[name] = load(data, specs, feature_spec=features(model, name), limit=rows)
                 continue
             except TfoptError as error:
                 misfits.append(error)

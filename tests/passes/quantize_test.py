@@ -206,3 +206,27 @@ def test_a_keyword_spotter(shared):
     quantize.run(made, Log(), Data("serving_default", net, seen))
     agree = answers(made, unseen).argmax(1) == answers(net, unseen).argmax(1)
     assert len(agree) == 400 and agree.mean() >= 0.97
+
+
+def test_signatures_with_inputs_of_their_own(tmp_path):
+    """The rows are of one signature; what only another one computes stays in float, and shared weights are quantized."""
+    module = tf.Module()
+    module.shared, module.own = (tf.Variable(w(*shape)) for shape in ((8, 40), (40, 5)))
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 8), tf.float32, "x")])
+    def main(x):
+        return {"y": tf.matmul(tf.nn.relu(tf.matmul(x, module.shared)), module.own)}
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 8), tf.float32, "z")])
+    def other(z):
+        return {"y": tf.matmul(2 * z, module.shared)}
+
+    tf.saved_model.save(module, tmp_path / "m", signatures={"serving_default": main, "other": other})
+    net, log = lossless(tmp_path / "m"), Log()
+    rows = np.random.default_rng(0).normal(size=(50, 8)).astype("f4")
+    made = net.copy()
+    quantize.run(made, log, Data("serving_default", net, Dataset({"x": rows}, None, "rows")))
+    assert any("other by what they share" in note for note in log.notes)
+    assert decibel(net, made, "serving_default", Dataset({"x": rows}, None, "rows")) > 30
+    assert decibel(net, made, "other", Dataset({"z": rows}, None, "rows")) > 30
+    assert "y" in made.signatures["other"].outputs

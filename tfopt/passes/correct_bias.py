@@ -185,7 +185,7 @@ def _measured(model: Model, signature: str, biases: list[_Bias], centred: bool) 
 def run(model: Model, log: Log, data: Data, bits: int = 8, method: str = "max") -> None:
     """Corrects the biases of a float model for weights that will be quantized later, in place."""
     rows = data.need_rows("correct_bias")
-    where = sites(model)
+    where = sites(model, signature=data.signature)
     weights = tuple(weight for weight in where.weights if weight.linear)
     insert(model, dataclasses.replace(where, weights=weights, activations={}, tied=()), {}, bits, method)
     correct(model, data.signature, rows, log)

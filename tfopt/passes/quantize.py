@@ -82,11 +82,13 @@ def calibrate(
         raise TfoptError(f"quantize: option 'bits' must be 8 or 4, received {bits}")
     if calibrator not in ("best", *METHODS):
         raise TfoptError(f"quantize: unknown calibrator {calibrator!r}; choose from best, {', '.join(METHODS)}")
-    where = sites(model, integer_outputs)
+    where = sites(model, integer_outputs, signature)
     if not where.weights:
         raise TfoptError("quantize: there is nothing to quantize: no convolution or product with constant weights")
     for node, reason in where.left.items():
         log.refused["int8", node] = reason
+    if others := [name for name in model.signatures if name != signature and model.signatures[name].inputs]:
+        log.notes.append(f"quantized for signature {signature!r}: {', '.join(others)} by what they share with it")
     open_ended = [ref for ref, fixed in where.activations.items() if fixed is None]
     methods = METHODS if calibrator == "best" else (calibrator,)
     seen = observe(model, signature, open_ended, rows, counts=methods != ("minmax",))
