@@ -209,7 +209,7 @@ def test_a_keyword_spotter(shared):
 
 
 def test_signatures_with_inputs_of_their_own(tmp_path):
-    """The rows are of one signature; what only another one computes stays in float, and shared weights are quantized."""
+    """Rows are of one signature; what only another one computes stays in float, and shared weights are quantized."""
     module = tf.Module()
     module.shared, module.own = (tf.Variable(w(*shape)) for shape in ((8, 40), (40, 5)))
 
