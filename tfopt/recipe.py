@@ -31,7 +31,7 @@ NAMED: dict[str, dict[str, Any]] = {
     "device_mixed": {"passes": [*_LOSSLESS, "mixed_precision"], "tflite": ["mixed"]},
     "qat_int8": {"passes": [*_LOSSLESS, "train_quantized"], "tflite": ["int8"]},
     "qat_int4": {
-        "passes": [*_LOSSLESS, {"pass": "train_quantized", "bits": 4, "learning_rate": 1e-3}],
+        "passes": [*_LOSSLESS, {"pass": "train_quantized", "bits": 4, "learning_rate": 3e-4}],
         "tflite": ["int4"],
     },
     "serving_bf16": {"passes": [*_LOSSLESS, "bfloat16"], "tflite": []},
