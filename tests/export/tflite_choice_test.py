@@ -34,6 +34,13 @@ def test_the_best_is_kept(tmp_path, static, each, best):
     assert choose(found) is found[best]
 
 
+def test_a_much_slower_file_is_not_kept(tmp_path):
+    found = _candidates(tmp_path, False, (73.0, 100, True), (65.0, 110, True), (50.0, 90, True))
+    for each, seconds in zip(found, (0.33, 0.02, 0.01), strict=True):
+        each.facts["seconds"] = seconds
+    assert choose(found) is found[1]  # the third is faster still, and too far off
+
+
 def test_candidates_in_words(tmp_path):
     found = _candidates(tmp_path, True, (31.04, 1234, True), (float("inf"), 5, False))
     assert [str(each) for each in found] == ["31.0 dB in 1,234 bytes with 2 float ops", "no error in 5 bytes"]

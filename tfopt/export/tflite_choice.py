@@ -1,6 +1,7 @@
 """Which of several files of one kind is kept.
 
-The highest signal-to-noise ratio; of those within 1 dB of it, and within 5% of the bytes of the smallest of these, the
+The highest signal-to-noise ratio, but not of a file that takes three times as long as another within 12 dB of it, as
+kernels that a delegate has not do; of those within 1 dB of it, and within 5% of the bytes of the smallest of these, the
 one of the engine that comes first.
 """
 
@@ -16,6 +17,8 @@ from tfopt.export.tflite_kinds import Engine
 
 _SIMILAR = 1.0  # dB
 _SAME_SIZE = 1.05
+_NEAR = 12.0  # dB
+_SLOW = 3.0  # so much that no measurement is unsure of it
 
 
 class Candidate(NamedTuple):
@@ -43,6 +46,10 @@ class Candidate(NamedTuple):
 
 def choose(found: list[Candidate]) -> Candidate:
     """Returns the best of several files of one kind."""
+    top = max(each.snr for each in found)
+    near = [each for each in found if each.snr == top or each.snr >= top - _NEAR]
+    fastest = min(each.facts.get("seconds", 0.0) for each in near)
+    found = [each for each in near if each.facts.get("seconds", 0.0) <= _SLOW * fastest]
     top = max(each.snr for each in found)
     similar = [each for each in found if each.snr == top or each.snr >= top - _SIMILAR]
     smallest = min(each.size for each in similar)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ def examine(job: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         quantized: number of weights that are int8, int4 or float16. float_ops: name -> number. problems: what keeps
         tflite-runtime 2.14 from running it. snr: 10 log10(sum want^2 / sum (want - got)^2) in dB, of the worst output;
-        None without rows. rows: on how many. notes: the rest.
+        None without rows. seconds: of the fastest call. rows: on how many. notes: the rest.
 
     Raises:
         TfoptError: it does not load, does not run, or gives outputs that are not finite where float32's are.
@@ -33,6 +34,7 @@ def examine(job: Mapping[str, Any]) -> dict[str, Any]:
         "float_ops": file.float_ops(),
         "problems": problems(file),
         "snr": None,
+        "seconds": 0.0,
         "rows": 0,
         "notes": [],
     }
@@ -55,7 +57,9 @@ def examine(job: Mapping[str, Any]) -> dict[str, Any]:
         for key in job["signatures"]:
             if made.signatures[key].inputs.keys() != base.signatures[key].inputs.keys():
                 raise TfoptError(f"signature '{key}' lost inputs: it has {sorted(made.signatures[key].inputs)}")
-            for name, (signal, noise) in _compare(made, base, key, rows.get(key)).items():
+            sums, seconds = _compare(made, base, key, rows.get(key))
+            facts["seconds"] = max(facts["seconds"], seconds)
+            for name, (signal, noise) in sums.items():
                 if not np.isfinite(signal):
                     facts["notes"].append(f"output '{name}' of signature '{key}' is not finite, in float32 already")
                 elif not np.isfinite(noise):
@@ -72,19 +76,22 @@ _wanted: dict[tuple[str, str, int], list[runtime.Outputs]] = {}  # of float32, f
 
 def _compare(
     made: runtime.Program, base: runtime.Program, key: str, rows: list[dict[str, np.ndarray]] | None
-) -> dict[str, np.ndarray]:
-    """Returns the energy of the signal and of the noise of each float output of a signature."""
+) -> tuple[dict[str, np.ndarray], float]:
+    """Returns the energy of the signal and of the noise of each float output, and the seconds of the fastest call."""
+    seconds = float("inf")
     sums: dict[str, np.ndarray] = {}
     calls_made = probes(base.signatures[key]) if rows is None else rows
     known = (base.path, key, len(calls_made))
     if known not in _wanted:
         _wanted[known] = [base.run(key, call) for call in calls_made]
     for call, wants in zip(calls_made, _wanted[known], strict=True):
+        start = time.perf_counter()
         gots = made.run(key, call)
+        seconds = min(seconds, time.perf_counter() - start)
         for name, want in wants.items():
             if want.dtype.kind == "f":
                 sums[name] = sums.get(name, 0) + _signal_and_noise(want, gots[name])
-    return sums
+    return sums, seconds
 
 
 def _signal_and_noise(want: np.ndarray, got: np.ndarray) -> np.ndarray:
