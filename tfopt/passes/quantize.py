@@ -14,6 +14,7 @@ from tfopt.clipping import METHODS, clipped
 from tfopt.data import Dataset, batch_size
 from tfopt.errors import TfoptError
 from tfopt.function import Function
+from tfopt.graph import split
 from tfopt.losses import heads, trainable_outputs
 from tfopt.model import Model
 from tfopt.passes import Data, Pass, equalize
@@ -87,7 +88,7 @@ def calibrate(
         raise TfoptError("quantize: there is nothing to quantize: no convolution or product with constant weights")
     for node, reason in where.left.items():
         log.refused["int8", node] = reason
-    if others := [name for name in model.signatures if name != signature and model.signatures[name].inputs]:
+    if others := _apart(model, signature):
         log.notes.append(f"quantized for signature {signature!r}: {', '.join(others)} by what they share with it")
     open_ended = [ref for ref, fixed in where.activations.items() if fixed is None]
     methods = METHODS if calibrator == "best" else (calibrator,)
@@ -110,6 +111,17 @@ def calibrate(
     log.applied["constant in 8 bits"] = len(narrow) - sum(narrow)
     log.applied["activation in 8 bits"] = len(where.activations)
     return found, where
+
+
+def _apart(model: Model, signature: str) -> list[str]:
+    """The signatures that compute what this one does not."""
+
+    def needs(name: str) -> set[str]:
+        outputs = [ref for label, ref in model.graph.outputs.items() if label.startswith(f"{name}:")]
+        return model.graph.reachable(split(ref)[0] for ref in outputs)
+
+    own = needs(signature)
+    return [name for name in model.signatures if needs(name) - own]
 
 
 def decibel(model: Model, other: Model, signature: str, rows: Dataset) -> float:
