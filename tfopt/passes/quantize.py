@@ -88,8 +88,8 @@ def calibrate(
         raise TfoptError("quantize: there is nothing to quantize: no convolution or product with constant weights")
     for node, reason in where.left.items():
         log.refused["int8", node] = reason
-    if others := _apart(model, signature):
-        log.notes.append(f"quantized for signature {signature!r}: {', '.join(others)} by what they share with it")
+    if apart := _apart(model, signature):
+        log.notes.append(f"quantized for signature {signature!r}: {', '.join(apart)} by what they share with it")
     open_ended = [ref for ref, fixed in where.activations.items() if fixed is None]
     methods = METHODS if calibrator == "best" else (calibrator,)
     seen = observe(model, signature, open_ended, rows, counts=methods != ("minmax",))
