@@ -89,7 +89,7 @@ def _weight(graph: Graph, weight: Weight, bits: int, method: str) -> str:
     if weight.layout == DEPTHWISE:
         # [h, w, channels, multiplier]: an output channel is one pair of the last two axes, held as one axis.
         flat = value.reshape(*value.shape[:2], -1)
-        name = _hold(graph, graph.add(make_node(graph.unique_name(f"{name}/flat"), "NoOp")), flat)
+        name = add_weight(graph, f"{name}/flat", flat)
     elif name not in graph.weights:
         _hold(graph, name, value)
     if not weight.linear:
@@ -102,6 +102,11 @@ def _weight(graph: Graph, weight: Weight, bits: int, method: str) -> str:
         return quantized
     shape = graph.add_constant(f"{hint}/shape", np.array(value.shape, np.int32))
     return graph.add_op(f"{hint}/kernel", "Reshape", [quantized, shape], T=tf.float32, Tshape=tf.int32)
+
+
+def add_weight(graph: Graph, hint: str, value: np.ndarray) -> str:
+    """Adds a weight whatever its size, see `_hold`; returns its name."""
+    return _hold(graph, graph.add(make_node(graph.unique_name(hint), "NoOp")), value)
 
 
 def _hold(graph: Graph, name: str, value: np.ndarray) -> str:

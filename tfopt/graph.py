@@ -491,17 +491,21 @@ def called_functions(node: NodeDef) -> list[str]:
 Shape = tuple[int | None, ...] | None
 
 
-def infer_shapes(graph: Graph, library: Iterable[FunctionDef] = ()) -> dict[str, Shape]:
-    """Static shapes of every output by TensorFlow's own shape functions.
+def infer_tensors(graph: Graph, library: Iterable[FunctionDef] = ()) -> dict[str, tuple[tf.DType, Shape]]:
+    """Type and static shape of every output by TensorFlow's own shape functions.
 
     Returns:
-      Reference -> shape, with None for an unknown dimension, or None as a whole for an unknown rank.
+      Reference -> type, and shape, with None for an unknown dimension, or None as a whole for an unknown rank.
     """
     with tf.Graph().as_default() as imported:
         tf.graph_util.import_graph_def(graph.to_graph_def(library), name="")
-    shapes: dict[str, Shape] = {}
-    for operation in imported.get_operations():
-        for port, tensor in enumerate(operation.outputs):
-            rank = tensor.shape.rank
-            shapes[join(operation.name, port)] = None if rank is None else tuple(tensor.shape.as_list())
-    return shapes
+    return {
+        join(operation.name, port): (t.dtype, None if t.shape.rank is None else tuple(t.shape.as_list()))
+        for operation in imported.get_operations()
+        for port, t in enumerate(operation.outputs)
+    }
+
+
+def infer_shapes(graph: Graph, library: Iterable[FunctionDef] = ()) -> dict[str, Shape]:
+    """Static shapes of every output, see `infer_tensors`."""
+    return {ref: shape for ref, (_, shape) in infer_tensors(graph, library).items()}

@@ -17,19 +17,20 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
-from tfopt.graph import Graph, join, split
+from tfopt.graph import Shape, infer_tensors, join, split
 from tfopt.model import Model
 from tfopt.rules import composites
 
 LAST, DEPTHWISE, TENSOR = "last axis", "depthwise", "tensor"  # the channel that a weight has a scale for
 
-_PRODUCTS = ("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3")
+PRODUCTS = ("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3")
+_LINEAR = ("Conv2D", "DepthwiseConv2dNative", "Conv2DBackpropInput", *PRODUCTS)
 _SUMS = ("BiasAdd", "AddV2", "Add", "Sub")
 _BINARY = ("AddV2", "Add", "Sub", "Mul")
 # Kernels that read and write int8 with scales of their own.
 _KERNELS = frozenset(
     [
-        *("Conv2D", "DepthwiseConv2dNative", "Conv2DBackpropInput", *_PRODUCTS, "Einsum"),
+        *("Conv2D", "DepthwiseConv2dNative", "Conv2DBackpropInput", *PRODUCTS, "Einsum"),
         *("BiasAdd", "AddV2", "Add", "Sub", "Mul", "Mean", "Sum", "Abs"),
         *("Relu", "Relu6", "LeakyRelu", "Softmax", "LogSoftmax", "Sigmoid", "Tanh"),
     ]
@@ -89,7 +90,7 @@ class Sites:
     activations: dict[str, tuple[float, float] | None]
     tied: tuple[frozenset[str], ...]
     left: dict[str, str]
-    shapes: dict[str, tuple[int | None, ...] | None]
+    shapes: dict[str, Shape]
 
 
 def sites(model: Model, integer_outputs: bool = False, signature: str | None = None) -> Sites:
@@ -112,7 +113,9 @@ class _Finder:
         outputs = [ref for label, ref in self.graph.outputs.items() if label.startswith(prefix)]
         self.live = self.graph.reachable(split(ref)[0] for ref in outputs)
         self.order = [node for node in self.graph.topological() if node.name in self.live]
-        self.dtypes, self.shapes = _tensors(self.graph, model)
+        tensors = infer_tensors(self.graph, model.library())
+        self.dtypes = {ref: dtype for ref, (dtype, _) in tensors.items()}
+        self.shapes = {ref: shape for ref, (_, shape) in tensors.items()}
         self.composite: dict[str, set[str]] = {}  # the node that gives y -> the inside
         for node in self.order:
             # Not a hard swish: its integer kernel is thirty times slower than those of its parts.
@@ -222,7 +225,7 @@ class _Finder:
             yield Weight(node.name, 1, refs[1], TENSOR, True, low=False)
         elif node.op in ("GatherV2", "Gather"):
             yield Weight(node.name, 0, refs[0], TENSOR, False)
-        elif node.op in (*_PRODUCTS, "Einsum"):  # the converter makes products of one scale out of Einsum
+        elif node.op in (*PRODUCTS, "Einsum"):  # the converter makes products of one scale out of Einsum
             for index, ref in enumerate(refs):
                 value = self.graph.constant(ref)
                 if value is not None:
@@ -250,7 +253,7 @@ class _Finder:
             return False
         source = self.graph.producer(varying[0])
         vector = constants[0].size in (1, constants[0].shape[-1] if constants[0].ndim else 1)
-        return source.op in _linear_ops() and vector and self._single(source)
+        return source.op in _LINEAR and vector and self._single(source)
 
     def _single(self, node: NodeDef) -> bool:
         return len(self.graph.uses(node.name)) == 1 and not self.graph.output_labels(node.name)
@@ -260,11 +263,11 @@ class _Finder:
         if not self._single(node):
             return False
         (user,) = (self.graph.nodes[name] for name in self.graph.users(node.name))
-        if node.op in _linear_ops():
+        if node.op in _LINEAR:
             source_has_weights = any(self.graph.constant(ref) is not None for ref in self.graph.data_inputs(node))
             if self._is_bias(user) and source_has_weights:
                 return True
-        fuses = node.op in (*_linear_ops(), *_BINARY, "BiasAdd") and node.op != "Conv2DBackpropInput"
+        fuses = node.op in (*_LINEAR, *_BINARY, "BiasAdd") and node.op != "Conv2DBackpropInput"
         if node.name in self.composite or node.name in self.norms or user.name in self.inside:
             return False
         return fuses and user.op in ("Relu", "Relu6") and not self._after_transposed(node)
@@ -273,29 +276,12 @@ class _Finder:
         return self._is_bias(node) and self.graph.producer(node.input[0]).op == "Conv2DBackpropInput"
 
 
-def _linear_ops() -> tuple[str, ...]:
-    return ("Conv2D", "DepthwiseConv2dNative", "Conv2DBackpropInput", *_PRODUCTS)
-
-
 def _unbatched(node: NodeDef) -> bool:
     """Whether an Einsum becomes FULLY_CONNECTED; BATCH_MATMUL takes no weights of 4 bits."""
     if node.op != "Einsum":
         return False
     operands, _, result = node.attr["equation"].s.decode().partition("->")
     return not set.intersection(*map(set, operands.split(",")), set(result))
-
-
-def _tensors(graph: Graph, model: Model) -> tuple[dict[str, tf.DType], dict[str, tuple[int | None, ...] | None]]:
-    """Type and shape of every tensor, by TensorFlow's own shape functions."""
-    with tf.Graph().as_default() as imported:
-        tf.graph_util.import_graph_def(graph.to_graph_def(model.library()), name="")
-    dtypes, shapes = {}, {}
-    for operation in imported.get_operations():
-        for port, tensor in enumerate(operation.outputs):
-            ref = join(operation.name, port)
-            dtypes[ref] = tensor.dtype
-            shapes[ref] = None if tensor.shape.rank is None else tuple(tensor.shape.as_list())
-    return dtypes, shapes
 
 
 def _root(parents: dict[str, str], ref: str) -> str:

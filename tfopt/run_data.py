@@ -32,25 +32,20 @@ def evaluation_rows(model: Model, options: Options) -> Dataset | None:
     """The labelled rows of --eval_data; None where it is not given."""
     if not options.eval_data:
         return None
+    return _labelled(model, "--eval_data", options.eval_data, options.label)
+
+
+def _labelled(model: Model, flag: str, source: str, label: str) -> Dataset:
     name = main_signature(model)
-    data = load(options.eval_data, input_specs(model, name), feature_spec=features(model, name), label=options.label)
+    data = load(source, input_specs(model, name), feature_spec=features(model, name), label=label)
     if data.labels is None:
-        raise TfoptError(f"--eval_data={options.eval_data}: holds no labels under {options.label!r} (see --label)")
+        raise TfoptError(f"{flag}={source}: holds no labels under {label!r} (see --label)")
     return data
 
 
 def learning_data(model: Model, evaluation: Dataset | None, source: str | Path, options: Options) -> passes.Data:
     """What passes that learn are given; read only where the owner named data."""
     name = main_signature(model)
-
-    def rows(source: str | None, label: str) -> Dataset | None:
-        if source is None:
-            return None
-        return load(source, input_specs(model, name), feature_spec=features(model, name), label=label)
-
-    labelled = rows(options.labels, options.label)
-    if labelled is not None and labelled.labels is None:
-        raise TfoptError(f"--labels={options.labels}: holds no labels under {options.label!r} (see --label)")
 
     def score(candidate: Model) -> float:
         assert evaluation is not None
@@ -66,11 +61,12 @@ def learning_data(model: Model, evaluation: Dataset | None, source: str | Path, 
             )
         return -metrics.drop(metrics.Metric(options.metric, 0.0, found.samples), found)
 
+    given = options.representative_data
     return passes.Data(
         signature=name,
         teacher=model,
-        rows=rows(options.representative_data, "label"),
-        labelled=labelled,
+        labelled=None if options.labels is None else _labelled(model, "--labels", options.labels, options.label),
+        rows=None if given is None else load(given, input_specs(model, name), feature_spec=features(model, name)),
         score=score if evaluation is not None else None,
         max_drop=options.max_accuracy_drop,
         minimize=options.minimize,

@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
+from tfopt.fake_quant import OPS
 from tfopt.graph import WEIGHT_ELEMENTS, Graph, function_body, make_node, split
 from tfopt.inline import label, tensor_names
 from tfopt.model import Model
@@ -32,7 +33,6 @@ _LOOKUPS = (
 )
 _AFFINE = ("Mul", "Add", "AddV2", "Sub", "BiasAdd", "BiasAddV1", "AddN")
 _NORMALISATIONS = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
-FAKE_QUANT = ("FakeQuantWithMinMaxVars", "FakeQuantWithMinMaxVarsPerChannel")
 # What gives its first operand in another order or place; of these ops the further operands are no constants of ours.
 _MOVES = ("Identity", "Reshape", "Transpose", "Squeeze", "ExpandDims", "StridedSlice", "Slice", "Tile", "BroadcastTo")
 _JOINS = ("ConcatV2", "Pack", "Split", "SplitV", "Unpack")  # the same for any operand
@@ -81,7 +81,7 @@ def symmetric(
     names = list(names)
     lows: dict[str, str] = {}
     for node in model.graph.nodes.values():
-        if node.op in FAKE_QUANT and node.attr["narrow_range"].b:
+        if node.op in OPS and node.attr["narrow_range"].b:
             low, high = (split(ref)[0] for ref in node.input[1:3])
             if low in names and high in names:
                 lows[low] = high
@@ -139,7 +139,7 @@ class _Search:
             yield copy
 
     def _is_range(self, graph: Graph, use: tuple[str, int, int]) -> bool:
-        return graph.nodes[use[0]].op in FAKE_QUANT and use[1] > 0
+        return graph.nodes[use[0]].op in OPS and use[1] > 0
 
     def _use(self, graph: Graph, varying: set[str], user: str, index: int, port: int, depth: int = 0) -> bool:
         """Whether what an input of a node brings is trained there, or behind it."""
@@ -152,12 +152,12 @@ class _Search:
             return index == 0
         if node.op in _NORMALISATIONS:  # in training mode it normalises by the batch: a layer norm in disguise
             return index in (1, 2) and not node.attr["is_training"].b
-        if node.op in FAKE_QUANT and index > 0:
+        if node.op in OPS and index > 0:
             return self._ranges
         if node.op in _AFFINE:
             if user in varying:
                 return True
-        elif node.op in FAKE_QUANT:
+        elif node.op in OPS:
             pass
         elif node.op in _MOVES:
             if index:

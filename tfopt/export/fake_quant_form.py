@@ -15,12 +15,11 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
-from tfopt.fake_quant import OPS, PER_CHANNEL, quantized_value
+from tfopt.fake_quant import OPS, PER_CHANNEL, add_weight, quantized_value
 from tfopt.graph import Graph, infer_shapes, join, make_node, split
 from tfopt.model import Model
-from tfopt.quantization_sites import BODIES
+from tfopt.quantization_sites import BODIES, PRODUCTS
 
-_PRODUCTS = ("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3")
 _FOLLOW = ("BiasAdd", "AddV2", "Add", "Sub", "Relu", "Relu6", *OPS)  # what the kernel of a convolution does as well
 
 
@@ -42,20 +41,12 @@ def for_converter(model: Model) -> None:
     graph.sweep()
     shapes = infer_shapes(graph, model.library())
     for node in list(graph.nodes.values()):
-        if node.op not in _PRODUCTS or graph.producer(node.input[1]).op != PER_CHANNEL:
+        if node.op not in PRODUCTS or graph.producer(node.input[1]).op != PER_CHANNEL:
             continue
         shape = shapes.get(join(node.name))
         if shape is None or shape.count(None) > 1 or shape[-1] is None:
             raise ValueError(f"dense layer {node.name!r} has the shape {shape}: its number of rows must be known")
         _dense(graph, node, [-1 if d is None else d for d in shape])
-
-
-def _weight(graph: Graph, hint: str, value: np.ndarray) -> str:
-    """Adds a weight of any size: a Const node would be folded together with its fake quantization."""
-    name = graph.unique_name(hint)
-    graph.add(make_node(name, "Placeholder", dtype=tf.float32, shape=tuple(value.shape)))
-    graph.weights[name] = np.ascontiguousarray(value)
-    return name
 
 
 def _plain(graph: Graph, node: NodeDef) -> None:
@@ -64,7 +55,7 @@ def _plain(graph: Graph, node: NodeDef) -> None:
         producer = graph.producer(ref)
         if producer.op in OPS and graph.constant(producer.input[0]) is not None:
             value = quantized_value(graph, producer.name)
-            graph.set_input(node.name, index, _weight(graph, f"{producer.name}/snapped", value))
+            graph.set_input(node.name, index, add_weight(graph, f"{producer.name}/snapped", value))
 
 
 def _uneven(graph: Graph, node: NodeDef) -> None:
@@ -75,13 +66,13 @@ def _uneven(graph: Graph, node: NodeDef) -> None:
         if value.flat[0] and (value == value.flat[0]).all():
             moved = value.copy()
             moved.flat[0] = np.nextafter(moved.flat[0], np.float32(np.inf))
-            graph.set_input(node.name, index, _weight(graph, f"{node.name}/uneven", moved))
+            graph.set_input(node.name, index, add_weight(graph, f"{node.name}/uneven", moved))
 
 
 def _dense(graph: Graph, node: NodeDef, shape: list[int]) -> None:
     quantized = graph.producer(node.input[1])
     weight = graph.weights[split(quantized.input[0])[0]]
-    kernel = _weight(graph, f"{node.name}/kernel", weight.reshape(1, 1, *weight.shape))
+    kernel = add_weight(graph, f"{node.name}/kernel", weight.reshape(1, 1, *weight.shape))
     attrs = {key: quantized.attr[key] for key in ("num_bits", "narrow_range")}
     inputs = [kernel, *quantized.input[1:]]
     kernel = graph.add_op(

@@ -20,6 +20,7 @@ from flatbuffers import flexbuffers
 from tensorflow.core.protobuf.meta_graph_pb2 import SignatureDef, TensorInfo
 
 from tfopt.errors import TfoptError
+from tfopt.export.tflite_file import OP_NAMES, builtin
 from tfopt.export.tflite_names import pack
 
 FILE = "model.tflite"
@@ -30,7 +31,6 @@ _DTYPES = {
     getattr(schema.TensorType, name): getattr(tf, name.lower()).as_datatype_enum
     for name in ("FLOAT32", "FLOAT64", "INT8", "UINT8", "INT16", "INT32", "INT64", "BOOL", "STRING", "COMPLEX64")
 }
-_OPS = {value: name for name, value in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
 
 
 def add(version_dir: str | Path, tflite_path: str | Path, signatures: Mapping[str, SignatureDef]) -> list[str]:
@@ -114,7 +114,7 @@ def _notes(
 def _check_ops(path: Path, model: Any) -> None:
     for code in model.operatorCodes:
         custom = (code.customCode or b"").decode()
-        name = custom or _OPS.get(max(code.builtinCode, code.deprecatedBuiltinCode), "?")
+        name = custom or OP_NAMES.get(builtin(code), "?")
         if custom and custom != "ParseExample":
             raise TfoptError(
                 f"{path}: op {custom} is not one of TFLite's own, and --prefer_tflite_model runs no others; "

@@ -10,10 +10,15 @@ from typing import Any
 
 from ai_edge_litert import schema_py_generated as schema
 
-_OPS = {value: name for name, value in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
+OP_NAMES = {value: name for name, value in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
 _TYPES = {value: name for name, value in vars(schema.TensorType).items() if not name.startswith("_")}
 _FLOATS = ("FLOAT32", "FLOAT16")
 _EDGES = ("QUANTIZE", "DEQUANTIZE")  # which only change the type
+
+
+def builtin(code: Any) -> int:
+    """The operator that an OperatorCodeT stands for: small numbers are in the older field."""
+    return max(code.builtinCode, code.deprecatedBuiltinCode)
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class TfliteFile:
             tensors = [self._tensor(tensor) for tensor in subgraph.tensors]
             for op in subgraph.operators or []:
                 code = self._model.operatorCodes[op.opcodeIndex]
-                name = _OPS[max(code.builtinCode, code.deprecatedBuiltinCode)]
+                name = OP_NAMES[builtin(code)]
                 ends = [() if end is None else end for end in (op.inputs, op.outputs)]
                 inputs, outputs = (tuple(tensors[i] for i in end if i >= 0) for end in ends)
                 yield Operator(name if name != "CUSTOM" else code.customCode.decode(), code.version, inputs, outputs)

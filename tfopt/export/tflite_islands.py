@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from tfopt.export.tflite_file import builtin
 from tfopt.export.tflite_names import pack
 
 _OPS = ("SOFTMAX", "GELU", "LOG_SOFTMAX", "BATCH_MATMUL")
@@ -27,7 +28,7 @@ def float_islands(content: bytes) -> bytes:
     if any(buffer.offset for buffer in model.buffers):
         return content  # the data lies outside of the flatbuffer
     kinds = {getattr(schema.BuiltinOperator, name) for name in _OPS}
-    slow = {index for index, code in enumerate(model.operatorCodes) if _kind(code) in kinds}
+    slow = {index for index, code in enumerate(model.operatorCodes) if builtin(code) in kinds}
     count = sum(_rewrite(model, subgraph, slow) for subgraph in model.subgraphs) if slow else 0
     return pack(model, len(content)) if count else content
 
@@ -54,7 +55,7 @@ def _rewrite(model: Any, subgraph: Any, slow: set[int]) -> int:
         operators += [*(_op(model, dequantize, 2, i, source) for i, source in sources.items()), op]
         op.inputs = np.array([sources[i] for i in inputs], np.int32)
         after = readers.get(y, [])
-        if len(after) == 1 and _kind(model.operatorCodes[after[0].opcodeIndex]) == dequantize:
+        if len(after) == 1 and builtin(model.operatorCodes[after[0].opcodeIndex]) == dequantize:
             op.outputs = after[0].outputs
             dropped.add(id(after[0]))
             continue
@@ -63,10 +64,6 @@ def _rewrite(model: Any, subgraph: Any, slow: set[int]) -> int:
         operators.append(_op(model, quantize, 1, result, y))
     subgraph.operators = operators
     return count
-
-
-def _kind(code: Any) -> int:
-    return max(code.builtinCode, code.deprecatedBuiltinCode)
 
 
 def _float_like(subgraph: Any, index: int) -> int:
@@ -81,7 +78,7 @@ def _float_like(subgraph: Any, index: int) -> int:
 
 def _op(model: Any, kind: int, version: int, x: int, y: int) -> Any:
     codes = model.operatorCodes
-    index = next((i for i, code in enumerate(codes) if _kind(code) == kind), None)
+    index = next((i for i, code in enumerate(codes) if builtin(code) == kind), None)
     if index is None:
         code = schema.OperatorCodeT()
         code.builtinCode, code.deprecatedBuiltinCode, code.version = kind, kind, version

@@ -11,6 +11,7 @@ import math
 
 import tensorflow as tf
 
+from tfopt.fake_quant import OPS
 from tfopt.graph import Graph, Shape, infer_shapes, op_def, split
 from tfopt.model import Model
 from tfopt.passes import Pass, optimize_in_process
@@ -21,7 +22,7 @@ _OPTIMIZERS = ["pruning", "constfold", "loop", "arithmetic", "dependency", "cons
 
 _NEVER = ("Switch", "Merge", "Enter", "Exit", "NextIteration", "LoopCond", "Identity", "NoOp", "PlaceholderWithDefault")
 # A fake-quantized weight says how the converter is to store it.
-_MARKS = ("FakeQuantWithMinMaxVars", "FakeQuantWithMinMaxVarsPerChannel", "FakeQuantWithMinMaxArgs")
+_MARKS = (*OPS, "FakeQuantWithMinMaxArgs")
 # Without state in TensorFlow's registry, and yet what they give may be another thing tomorrow.
 _FOREIGN = ("ReadFile", "MatchingFiles", "PyFuncStateless")
 _BEFORE_ACTIVATIONS = ("BiasAdd", "Add", "AddV2", "Conv2D", "DepthwiseConv2dNative")
