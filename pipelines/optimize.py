@@ -25,6 +25,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("model", None, "SavedModel directory, .keras or .h5 file, or a frozen GraphDef .pb.")
 flags.DEFINE_string("output_dir", None, "Where serving/, device/, report.json and report.html go.")
 flags.DEFINE_string("recipe", "lossless", "Name of a recipe that ships with tfopt, or a .json file (docs/recipes.md).")
+flags.DEFINE_multi_string("set", [], "Changes an option of the recipe: --set=prune_magnitude.sparsity=0.9; repeatable.")
 flags.DEFINE_list(
     "tflite",
     None,
@@ -60,6 +61,9 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_list("signatures", None, "Signatures to keep; all where not given.")
 flags.DEFINE_integer("seed", 0, "Of everything random.")
+flags.DEFINE_string(
+    "checkpoint_dir", None, "Where trainings keep their state: a run that was killed goes on from there if run again."
+)
 flags.DEFINE_bool("overwrite", False, "Replace what an earlier run wrote to --output_dir.")
 flags.DEFINE_integer("version", 1, "Version directory under serving/.", lower_bound=1)
 flags.DEFINE_enum("verify", "on", ["on", "off"], "Compare outputs before and after each pass.")
@@ -110,6 +114,7 @@ def main(argv: Sequence[str]) -> int:
         FLAGS.output_dir,
         Options(
             recipe=FLAGS.recipe,
+            set=tuple(FLAGS.set),
             tflite=names(FLAGS.tflite),
             representative_data=FLAGS.representative_data,
             labels=FLAGS.labels,
@@ -122,6 +127,7 @@ def main(argv: Sequence[str]) -> int:
             qat_engine=FLAGS.qat_engine,
             signatures=names(FLAGS.signatures),
             seed=FLAGS.seed,
+            checkpoint_dir=FLAGS.checkpoint_dir,
             overwrite=FLAGS.overwrite,
             version=FLAGS.version,
             verify=FLAGS.verify == "on",

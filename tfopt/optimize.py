@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import gc
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -37,6 +38,7 @@ class Options:
     """
 
     recipe: str = "lossless"
+    set: tuple[str, ...] = ()
     tflite: tuple[str, ...] | None = None
     representative_data: str | None = None
     labels: str | None = None
@@ -49,6 +51,7 @@ class Options:
     qat_engine: str = "graph"
     signatures: tuple[str, ...] | None = None
     seed: int = 0
+    checkpoint_dir: str | None = None
     overwrite: bool = False
     version: int = 1
     verify: bool = True
@@ -100,7 +103,7 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
       TfoptError: bad input or usage; nothing is left behind.
     """
     started = datetime.datetime.now(datetime.UTC)
-    steps_wanted = recipe.read(options.recipe)
+    steps_wanted = recipe.override(recipe.read(options.recipe), options.set)
     if options.tflite is None:
         options = dataclasses.replace(options, tflite=steps_wanted.tflite)
     _check(options, steps_wanted)
@@ -135,7 +138,10 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         for rows in [*verifier.inputs.values(), *([evaluation] if evaluation else [])]:
             report.warnings += [warning for warning in rows.warnings if warning not in report.warnings]
         optimized, served, data = loaded, None, learning_data(loaded, evaluation, model, options)
-        for name, chosen in tqdm(steps_wanted.steps, desc="passes", unit="pass", leave=False, disable=None):
+        steps = tqdm(steps_wanted.steps, desc="passes", unit="pass", leave=False, disable=None)
+        for position, (name, chosen) in enumerate(steps, 1):
+            if options.checkpoint_dir:
+                data = dataclasses.replace(data, checkpoint=Path(options.checkpoint_dir) / f"{position:02}_{name}")
             if served is None and passes.get(name).device:
                 served = optimized
             optimized, step = run_pass(optimized, name, chosen, verifier if options.verify else None, data)
@@ -181,6 +187,9 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         workspace.write("report.json", report.to_json())
         workspace.write("report.html", report.html())
         workspace.publish()
+        for position, (name, _) in enumerate(steps_wanted.steps, 1):
+            if options.checkpoint_dir:
+                shutil.rmtree(Path(options.checkpoint_dir) / f"{position:02}_{name}", ignore_errors=True)
     return Result(report, Path(output_dir), failed, not emitted)
 
 

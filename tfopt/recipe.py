@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,44 @@ def read(source: str) -> Recipe:
     return parse(data["passes"], str(data.get("name", path.stem)), files)
 
 
+def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """Changes options of a recipe.
+
+    Args:
+      recipe: stays as it is.
+      settings: "pass.option=value" each; a pass that stands in the recipe several times is changed everywhere.
+
+    Raises:
+      TfoptError: a pass that the recipe does not have, an option that the pass does not have, a value of another type.
+    """
+    from tfopt import passes
+
+    steps = [{"pass": name, **options} for name, options in recipe.steps]
+    for setting in settings:
+        target, _, text = setting.partition("=")
+        name, _, option = target.partition(".")
+        if not text or not option:
+            raise TfoptError(f"--set={setting}: expected pass.option=value, such as prune_magnitude.sparsity=0.9")
+        chosen = [step for step in steps if step["pass"] == name]
+        if not chosen:
+            has = ", ".join(dict.fromkeys(step["pass"] for step in steps)) or "none"
+            raise TfoptError(f"--set={setting}: recipe {recipe.name} has no pass {name!r}; its passes: {has}")
+        default = passes.get(name).options.get(option)
+        try:
+            value = text if default is None or isinstance(default, str) else json.loads(text)
+        except ValueError:
+            value = text  # of the wrong type, which parse says
+        for step in chosen:
+            step[option] = value
+    return parse(list(steps), recipe.name, None if recipe.tflite is None else list(recipe.tflite))
+
+
 def parse(steps: list[str | dict[str, Any]], name: str, tflite: list[str] | None = None) -> Recipe:
     """Checks the steps of a recipe; see `read`."""
     from tfopt import passes  # TensorFlow is loaded here, not when flags are read
 
     checked: list[tuple[str, dict[str, Any]]] = []
+    makers: dict[str, tuple[str, int]] = {}  # what must survive -> the pass that made it, and its position
     for position, step in enumerate(steps, 1):
         where = f"recipe {name}, pass {position}"
         options = {"pass": step} if isinstance(step, str) else dict(step) if isinstance(step, dict) else {}
@@ -117,5 +151,12 @@ def parse(steps: list[str | dict[str, Any]], name: str, tflite: list[str] | None
         for needed in chosen.needs:
             if needed not in earlier:
                 raise TfoptError(f"{where}: {chosen.name} needs {needed} before it; insert {needed!r} earlier")
+        for made, (maker, at) in makers.items():
+            if made not in chosen.keeps:
+                raise TfoptError(
+                    f"{where}: {chosen.name} would undo the {made} that {maker} (pass {at}) made; put {chosen.name} "
+                    f"before {maker}"
+                )
+        makers |= dict.fromkeys(chosen.makes, (chosen.name, position))
         checked.append((chosen.name, options))
     return Recipe(name, tuple(checked), None if tflite is None else tuple(tflite))

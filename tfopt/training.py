@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from tfopt.data import Dataset, batch_size
 from tfopt.differentiable import differentiable
 from tfopt.errors import TfoptError
 from tfopt.function import Function
+from tfopt.invariants import hold
 from tfopt.losses import (
     PROBABILITIES,
     VALUE,
@@ -28,11 +29,11 @@ from tfopt.losses import (
 )
 from tfopt.model import Model
 from tfopt.trainable import demote, promote
-from tfopt.training_loop import Transform, train
+from tfopt.training_loop import Schedule, Tensors, Transform, train
 from tfopt.training_settings import History, Settings
 from tfopt.verify import input_specs
 
-__all__ = ["History", "Settings", "Transform", "demote", "fine_tune", "promote", "targets", "train"]
+__all__ = ["History", "Schedule", "Settings", "Transform", "demote", "fine_tune", "promote", "targets", "train"]
 
 
 def fine_tune(
@@ -44,12 +45,13 @@ def fine_tune(
     settings: Settings | None = None,
     *,
     transform: Transform | None = None,
+    schedule: Schedule | None = None,
     names: Iterable[str] | None = None,
     output: str | None = None,
     checkpoint: str | Path | None = None,
     title: str = "fine-tuning",
 ) -> History:
-    """Trains the weights of a model, in place.
+    """Trains the weights of a model, in place; zeros of sparse kernels and clusters stay (see `tfopt.invariants`).
 
     Args:
       model: the student; its structure stays as it is.
@@ -61,6 +63,7 @@ def fine_tune(
       settings: how to train.
       transform: makes the weights of the variables; what it gives for weights of the model is what they become. It may
         give weights that are no variables.
+      schedule: what changes between steps, such as masks that `transform` reads.
       names: the weights to train, which must be weights already (see `promote`); None trains all that can be.
       output: the output that the labels belong to; it may be left out where that is clear.
       checkpoint: a directory from which a killed run goes on.
@@ -110,7 +113,13 @@ def fine_tune(
             wanted["labels:"] = np.concatenate([np.zeros((rest, *values.shape[1:]), values.dtype), values])
             wanted["labelled:"] = np.repeat(np.array([0, 1], np.float32), [rest, len(labelled)])
         loss = distillation(found, labels, settings.alpha, settings.temperature, teacher is not None)
-        variables = {name: tf.Variable(model.weights[name], name=f"w{i}") for i, name in enumerate(chosen)}
+        initial, keep = hold({name: model.weights[name] for name in chosen})
+
+        def whole(variables: Mapping[str, tf.Variable]) -> Tensors:
+            kept = keep(variables)
+            return {**kept, **(transform({**variables, **kept}) if transform else {})}
+
+        variables = {name: tf.Variable(value, name=f"w{i}") for i, (name, value) in enumerate(initial.items())}
         history = train(
             function,
             variables,
@@ -118,12 +127,13 @@ def fine_tune(
             wanted,
             loss,
             settings,
-            transform=transform,
+            transform=whole,
+            schedule=schedule,
             checkpoint=checkpoint,
             fixed_batch=bool(size),
             title=title,
         )
-        weights = {**variables, **(transform(variables) if transform else {})}
+        weights = {**variables, **whole(variables)}
         for name in weights.keys() & model.weights.keys():
             model.weights[name] = np.asarray(weights[name], model.weights[name].dtype)
     finally:

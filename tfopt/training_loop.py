@@ -30,6 +30,21 @@ Tensors = Mapping[str, tf.Tensor]
 Transform = Callable[[Mapping[str, tf.Variable]], Tensors]
 
 
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What changes between steps other than by gradients, such as masks that grow.
+
+    Attributes:
+      state: variables that a transform reads and `update` assigns; they are part of a checkpoint.
+      update: called with (step, all steps) before each step.
+      settled: the share of the steps after which it changes nothing more: weights count as the best only from there.
+    """
+
+    state: Mapping[str, tf.Variable]
+    update: Callable[[int, int], None]
+    settled: float = 0.0
+
+
 def train(
     function: Callable[[Tensors, Tensors], Tensors],
     variables: Mapping[str, tf.Variable],
@@ -39,6 +54,7 @@ def train(
     settings: Settings,
     *,
     transform: Transform | None = None,
+    schedule: Schedule | None = None,
     checkpoint: str | Path | None = None,
     fixed_batch: bool = False,
     title: str = "training",
@@ -53,6 +69,7 @@ def train(
       loss: (outputs, targets) -> (rows,), see `tfopt.losses`.
       settings: how to train.
       transform: makes the weights of the variables (a mask, a quantizer); what it leaves out is taken as it is.
+      schedule: what changes between steps.
       checkpoint: a directory for the state; a killed run that is started again goes on from there, and ends with the
         same weights as one that was not killed.
       fixed_batch: whether the function takes batches of just `settings.batch_size`.
@@ -62,7 +79,7 @@ def train(
       TfoptError: nothing to train, an op without a gradient, or a checkpoint of another training.
     """
     begin = time.monotonic()
-    loop = _Loop(function, variables, rows, targets, loss, settings, transform, fixed_batch)
+    loop = _Loop(function, variables, rows, targets, loss, settings, transform, schedule, fixed_batch)
     saved = Checkpoint(Path(checkpoint), loop.fingerprint()) if checkpoint else None
     loop.start(saved)
     with tqdm(total=loop.total, initial=loop.step, desc=title, unit="step", leave=False, disable=None) as bar:
@@ -99,6 +116,7 @@ class _Loop:
         loss: Loss,
         settings: Settings,
         transform: Transform | None,
+        schedule: Schedule | None,
         fixed_batch: bool,
     ):
         if not variables:
@@ -117,6 +135,9 @@ class _Loop:
         if settings.max_steps:
             self.total = min(self.total, settings.max_steps)
         self.step = 0
+        self._schedule = schedule
+        self._state = list(schedule.state.values()) if schedule else []
+        self._settled = math.ceil(self.total * schedule.settled) if schedule else 0
         self.history = History(rows=len(self._train), validation_rows=len(self._held), apart=held > 0)
         self._running: list[float] = []  # losses of this epoch's steps
         self._best: list[np.ndarray] = []
@@ -164,7 +185,7 @@ class _Loop:
             return
         progress, arrays = state
         count = len(self._variables)
-        for variable, value in zip([*self._variables, *self._optimizer.slots], arrays, strict=False):
+        for variable, value in zip([*self._variables, *self._optimizer.slots, *self._state], arrays, strict=False):
             variable.assign(value)
         self._best = arrays[-count:]
         self.step, self._running, self._best_loss = progress["step"], progress["running"], progress["best_loss"]
@@ -176,7 +197,7 @@ class _Loop:
             **{"step": self.step, "running": self._running, "best_loss": self._best_loss},
             "history": dataclasses.asdict(self.history),
         }
-        arrays = [variable.numpy() for variable in [*self._variables, *self._optimizer.slots]]
+        arrays = [variable.numpy() for variable in [*self._variables, *self._optimizer.slots, *self._state]]
         saved.save(progress, [*arrays, *self._best])
 
     def advance(self) -> None:
@@ -187,6 +208,8 @@ class _Loop:
             self._order = (epoch, np.resize(order, max(len(order), self._batch)))
         chosen = self._order[1][position * self._batch : (position + 1) * self._batch]
         rate = learning_rate(self.settings.learning_rate, self.step, self.total)
+        if self._schedule:
+            self._schedule.update(self.step, self.total)
         with _explained():
             mean = self._step(*self._take(chosen), tf.constant(rate, tf.float32), tf.constant(self.step + 1.0))
         if not self.history.trained:
@@ -211,14 +234,16 @@ class _Loop:
                 found.append(self._losses(*self._take(padded)).numpy()[: len(chosen)])
         value = float(np.mean(np.concatenate(found), dtype=np.float64))
         self.history.validation.append(value)
-        if value < self._best_loss or not self._best:
+        if not self._best or (self.step >= self._settled and value < self._best_loss):
             self._best = [variable.numpy() for variable in self._variables]
-            self._best_loss, self.history.best_step = (value if math.isfinite(value) else math.inf), self.step
+            self.history.best_step = self.step
+            if math.isfinite(value) and self.step >= self._settled:
+                self._best_loss = self.history.best_loss = value
 
     def _end(self) -> None:
         """Says why the training is over, if it is."""
         values = self.history.validation
-        waited = len(values) - 1 - int(np.argmin(np.nan_to_num(values, nan=math.inf)))
+        waited = (self.step - max(self.history.best_step, self._settled)) // self.per_epoch
         if not math.isfinite(values[-1]):
             self.history.stopped = f"the validation loss is not finite after step {self.step}"
         elif self.step == self.total:

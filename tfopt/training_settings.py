@@ -67,6 +67,7 @@ class History:
       losses: the mean loss of each epoch's steps.
       validation: the loss on the validation rows, before the first step and after each epoch.
       steps: how many steps were taken.
+      best_loss: the lowest of these that counts.
       best_step: after which the weights are those that were kept; 0 for the initial ones.
       stopped: why it ended: "all epochs done", or what came before.
       rows: how many were trained on.
@@ -78,6 +79,7 @@ class History:
 
     losses: list[float] = dataclasses.field(default_factory=list)
     validation: list[float] = dataclasses.field(default_factory=list)
+    best_loss: float = math.inf
     steps: int = 0
     best_step: int = 0
     stopped: str = ""
@@ -89,9 +91,8 @@ class History:
 
     def summary(self) -> str:
         """What happened in one line, for a report."""
-        best = min((value for value in self.validation if math.isfinite(value)), default=math.nan)
         return (
             f"loss on {self.validation_rows:,} rows {'held back' if self.apart else 'trained on'}: "
-            f"{self.validation[0]:.4g} before training, {best:.4g} after {self.best_step:,} of {self.steps:,} steps "
-            f"on {self.rows:,} rows ({self.stopped})"
+            f"{self.validation[0]:.4g} before training, {self.best_loss:.4g} after {self.best_step:,} of "
+            f"{self.steps:,} steps on {self.rows:,} rows ({self.stopped})"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from tensorflow.core.framework.node_def_pb2 import NodeDef
@@ -19,6 +20,8 @@ from tfopt.variables import new_function_name
 
 MINIMIZE = ("bytes", "latency")
 QAT_ENGINES = ("graph", "tfmot")
+# What a compression brings about that later passes must not undo: zeros, few distinct values, ranges of fake-quant ops.
+INVARIANTS = ("sparsity", "clusters", "ranges")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Data:
       minimize: what a search is to make least within it: "bytes" or "latency".
       integer_outputs: whether device files are to have integer outputs.
       seed: of everything random.
+      checkpoint: a directory of this pass's own, from which a killed run goes on; None where none was asked for.
       qat: trains a quantized model in place of `train_quantized`, with its arguments; None where that does it itself.
     """
 
@@ -47,6 +51,7 @@ class Data:
     minimize: str = "bytes"
     integer_outputs: bool = False
     seed: int = 0
+    checkpoint: Path | None = None
     qat: Callable[..., None] | None = None
 
     def need_rows(self, name: str) -> Dataset:
@@ -73,6 +78,8 @@ class Pass:
       lossless: whether outputs must stay within rounding; such a pass is undone where they do not.
       learns: whether `run` takes `Data` as its third argument.
       device: whether it prepares TFLite files alone: the serving model stays as it was before it.
+      makes: which of INVARIANTS it brings about.
+      keeps: which of them survive it.
     """
 
     name: str
@@ -82,6 +89,8 @@ class Pass:
     lossless: bool = True
     learns: bool = False
     device: bool = False
+    makes: tuple[str, ...] = ()
+    keeps: tuple[str, ...] = ()
 
 
 def for_each_body(model: Model, edit: Callable[[Graph], int]) -> int:

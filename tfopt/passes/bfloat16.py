@@ -284,4 +284,4 @@ def _cast(graph: Graph, moved: set[str], log: Log) -> None:
     log.applied["cast at run time"] += sum(graph.nodes[split(ref)[0]].op == "Cast" for ref in casts.values())
 
 
-PASS = Pass("bfloat16", run, options={"keep_float32": ""}, lossless=False)
+PASS = Pass("bfloat16", run, options={"keep_float32": ""}, lossless=False, keeps=("sparsity", "clusters"))

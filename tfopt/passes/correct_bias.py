@@ -193,5 +193,11 @@ def run(model: Model, log: Log, data: Data, bits: int = 8, method: str = "max") 
 
 
 PASS = Pass(
-    "correct_bias", run, options={"bits": 8, "method": "max"}, needs=("fold_affine",), lossless=False, learns=True
+    "correct_bias",
+    run,
+    options={"bits": 8, "method": "max"},
+    needs=("fold_affine",),
+    lossless=False,
+    learns=True,
+    keeps=("sparsity", "clusters"),
 )

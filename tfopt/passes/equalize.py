@@ -203,4 +203,11 @@ def _tables(view: View, groups: list[Group]) -> dict[str, np.ndarray]:
     return tables
 
 
-PASS = Pass("equalize", run, options={"by": "activations", "relu6": "keep"}, needs=("fold_affine",), learns=True)
+PASS = Pass(
+    "equalize",
+    run,
+    options={"by": "activations", "relu6": "keep"},
+    needs=("fold_affine",),
+    learns=True,
+    keeps=("sparsity",),
+)

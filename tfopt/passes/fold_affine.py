@@ -259,4 +259,4 @@ def run(model: Model, log: Log) -> None:
     for_each_body(model, lambda graph: fold_affine(graph, library, log))
 
 
-PASS = Pass("fold_affine", run, needs=("prune_graph", "fold_constants"))
+PASS = Pass("fold_affine", run, needs=("prune_graph", "fold_constants"), keeps=("sparsity",))

@@ -157,4 +157,4 @@ def _static_size(graph: Graph, name: str, shapes: dict[str, Shape]) -> int | Non
     return math.prod(d for d in shape if d is not None) * tf.as_dtype(dtype).size
 
 
-PASS = Pass("fold_constants", run, options={"max_growth_bytes": 4096})
+PASS = Pass("fold_constants", run, options={"max_growth_bytes": 4096}, keeps=("sparsity", "clusters"))

@@ -16,7 +16,7 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from tfopt.graph import Graph, split
 from tfopt.model import Model
-from tfopt.passes import Pass
+from tfopt.passes import INVARIANTS, Pass
 from tfopt.rewrite import Log
 
 # The entries of a small integer tensor: an int where it is known, None where it is not.
@@ -164,4 +164,4 @@ def _strided_slice(node: NodeDef, source: Entries, begin: Entries, end: Entries,
     return source[slice(None if masks[0] else begin[0], None if masks[1] else end[0], strides[0])]
 
 
-PASS = Pass("fold_shapes", run, needs=("fold_constants",))
+PASS = Pass("fold_shapes", run, needs=("fold_constants",), keeps=INVARIANTS)

@@ -158,4 +158,4 @@ def split_product(graph: Graph, node: NodeDef, blocks: list[str]) -> None:
     graph.replace(make_node(node.name, "ConcatV2", [*parts, last], T=tf.float32, Tidx=tf.int32, N=len(parts)))
 
 
-PASS = Pass("int8_weights", run, options={"keep_float32": ""}, lossless=False)
+PASS = Pass("int8_weights", run, options={"keep_float32": ""}, lossless=False, keeps=("sparsity",))

@@ -10,7 +10,7 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from tfopt.graph import Graph, called_functions, op_def, split
 from tfopt.model import Model
-from tfopt.passes import Pass, for_each_body, rename_calls
+from tfopt.passes import INVARIANTS, Pass, for_each_body, rename_calls
 from tfopt.rewrite import Log, Refused, remove_node
 
 _COMMUTE = ("Add", "AddV2", "Mul", "Maximum", "Minimum", "LogicalAnd", "LogicalOr", "Equal", "NotEqual")
@@ -128,4 +128,4 @@ def _fingerprint(array: np.ndarray) -> tuple:
     return array.dtype.name, array.shape, digest
 
 
-PASS = Pass("merge_duplicates", run)
+PASS = Pass("merge_duplicates", run, keeps=INVARIANTS)

@@ -266,4 +266,6 @@ PASS = Pass(
     lossless=False,
     learns=True,
     device=True,
+    makes=("ranges",),
+    keeps=("sparsity", "clusters"),
 )

@@ -10,7 +10,7 @@ from tensorflow.core.framework.function_pb2 import FunctionDef
 
 from tfopt.graph import Graph, called_functions, op_def, split
 from tfopt.model import Model
-from tfopt.passes import Pass, for_each_body
+from tfopt.passes import INVARIANTS, Pass, for_each_body
 from tfopt.rewrite import Log, apply, has_effect
 from tfopt.rules import identities, noise
 
@@ -115,4 +115,4 @@ def _drop_control_edges(graph: Graph, log: Log) -> int:
     return count
 
 
-PASS = Pass("prune_graph", run)
+PASS = Pass("prune_graph", run, keeps=INVARIANTS)

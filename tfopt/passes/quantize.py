@@ -160,4 +160,6 @@ PASS = Pass(
     lossless=False,
     learns=True,
     device=True,
+    makes=("ranges",),
+    keeps=("sparsity", "clusters"),
 )

@@ -1,0 +1,72 @@
+"""What was made of the weights before, and training must keep: zeros and clusters.
+
+    sparse      w = m v        m = [w != 0] stays, v is trained                  (Han et al. 2015)
+    clustered   w = c[a]       which centroid each element has stays, c is trained, a centroid of 0 stays 0
+                                                                                 (Han, Mao, Dally 2016)
+
+Both are read from the values, so they need no record, and hold for a model that was pruned or clustered elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import tensorflow as tf
+
+# A trained kernel has hardly any exact zeros, and hardly any value twice.
+_ZEROS = 0.1
+_VALUES = 256
+
+Keep = Callable[[Mapping[str, tf.Tensor]], dict[str, tf.Tensor]]
+
+
+def is_sparse(value: np.ndarray) -> bool:
+    """Whether a kernel was pruned: two axes or more, and at least a tenth of its elements are 0."""
+    return value.ndim > 1 and value.size > 0 and bool(np.count_nonzero(value) <= (1 - _ZEROS) * value.size)
+
+
+def clusters(value: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """The centroids of a clustered kernel.
+
+    Args:
+      value: of any shape.
+
+    Returns:
+      (distinct values (k,), the index of each element's own, in the shape of `value`), or None where there are more
+      than 256 or the kernel is so small that it may have them by chance.
+    """
+    if value.ndim < 2 or value.size < 8 or len(np.unique(value.ravel()[: 4 * _VALUES])) > _VALUES:
+        return None
+    centroids, index = np.unique(value, return_inverse=True)
+    if len(centroids) > min(_VALUES, value.size // 2):
+        return None
+    return centroids, index.reshape(value.shape).astype(np.int32)
+
+
+def hold(weights: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Keep]:
+    """What to train so that zeros stay zeros and clusters stay clusters.
+
+    Args:
+      weights: name -> value.
+
+    Returns:
+      name -> initial value of its variable: the weight itself, or its centroids (k,); and the function from these
+      variables to the weights that differ from them.
+    """
+    initial = dict(weights)
+    masks: dict[str, np.ndarray] = {}
+    indices: dict[str, np.ndarray] = {}
+    for name, value in weights.items():
+        found = clusters(value)
+        if found is not None:
+            initial[name], indices[name] = found
+            masks[name] = (found[0] != 0).astype(value.dtype)
+        elif is_sparse(value):
+            masks[name] = (value != 0).astype(value.dtype)
+
+    def keep(variables: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        kept = {name: variables[name] * tf.constant(mask) for name, mask in masks.items()}
+        return {name: tf.gather(w, indices[name]) if name in indices else w for name, w in kept.items()}
+
+    return initial, keep
