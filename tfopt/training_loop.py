@@ -36,12 +36,12 @@ class Schedule:
 
     Attributes:
       state: variables that a transform reads and `update` assigns; they are part of a checkpoint.
-      update: called with (step, all steps) before each step.
+      update: called with (step, all steps, the variables that are trained by name) before each step.
       settled: the share of the steps after which it changes nothing more: weights count as the best only from there.
     """
 
     state: Mapping[str, tf.Variable]
-    update: Callable[[int, int], None]
+    update: Callable[[int, int, Mapping[str, tf.Variable]], None]
     settled: float = 0.0
 
 
@@ -209,7 +209,7 @@ class _Loop:
         chosen = self._order[1][position * self._batch : (position + 1) * self._batch]
         rate = learning_rate(self.settings.learning_rate, self.step, self.total)
         if self._schedule:
-            self._schedule.update(self.step, self.total)
+            self._schedule.update(self.step, self.total, dict(zip(self._names, self._variables, strict=True)))
         with _explained():
             mean = self._step(*self._take(chosen), tf.constant(rate, tf.float32), tf.constant(self.step + 1.0))
         if not self.history.trained:
