@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tensorflow as tf
+from ai_edge_litert.interpreter import Interpreter
 
 from tests.origins import answers, assert_same, memory_answers, rows, save_tf1, v1
 from tfopt import model
@@ -128,3 +129,15 @@ def test_what_a_file_holds_is_not_folded(tmp_path):
     _folded(loaded)
     assert "ReadFile" in {node.op for node in loaded.graph.nodes.values()}
     assert loaded.weight_bytes < 500
+
+
+def test_hard_swish_stays_one_that_the_converter_knows(tmp_path):
+    loaded = _model(tmp_path / "m", lambda x: tf.tanh(x) * (tf.nn.relu6(tf.tanh(x) + 3) / 6))
+    given = {"serving_default": {"x": np.linspace(-4, 4, 20, dtype=np.float32).reshape(5, 4)}}
+    before = memory_answers(loaded, given)
+    fold_constants.run(loaded, Log())
+    assert_same(memory_answers(loaded, given), before)
+    saved_model.save(loaded, tmp_path / "folded")
+    content = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path / "folded")).convert()
+    interpreter = Interpreter(model_content=content)
+    assert [op["op_name"] for op in interpreter._get_ops_details()] == ["TANH", "HARD_SWISH"]

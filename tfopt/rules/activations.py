@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
-from tfopt.graph import Graph
+from tfopt.graph import Graph, make_node
+from tfopt.rewrite import Const, Match, Op, Refused, Rule
 
 GELU = "part of a GELU, which runtimes fuse"
 HARD_SWISH = "part of a hard swish, which runtimes fuse"
@@ -115,3 +117,31 @@ def _hard_swish(graph: Graph, relu6: NodeDef) -> dict[str, str]:
 
 def _is_sixth(number: float | None) -> bool:
     return number is not None and min(abs(number - 1 / 6), abs(number - 6)) < 1e-4
+
+
+def _gated(match: Match) -> NodeDef:
+    """(x / 6) * relu6(y + 3) -> x * (relu6(y + 3) / 6), where x is y"""
+    number = match.value("sixth")
+    if match.refs["x"] != match.refs["y"] or number.size != 1 or not _is_sixth(float(number.flat[0])):
+        raise Refused("it is no hard swish")
+    dtype, gate = tf.as_dtype(match.root.attr["T"].type), match.nodes["gate"].name
+    name = match.graph.unique_name(f"{gate}/sixth")
+    sixth = match.graph.add(make_node(name, "Mul", [gate, match.refs["sixth"]], T=dtype))
+    return make_node(match.root.name, "Mul", [match.refs["x"], sixth], T=dtype)
+
+
+# TensorFlow's optimizer moves the constant to x, where the converter of TensorFlow Lite does not see a hard swish.
+RULES = (
+    Rule(
+        "hard swish as converters know it",
+        Op(
+            "Mul",
+            (
+                Op("Mul", ("x", Const("sixth")), name="scaled", commutes=True),
+                Op("Relu6", (Op(_SUMS, ("y", Const("three")), name="sum", commutes=True),), name="gate"),
+            ),
+            commutes=True,
+        ),
+        _gated,
+    ),
+)
