@@ -77,6 +77,59 @@ def test_a_pass_that_needs_another_before_it():
     assert len(recipe.parse(["prune_graph", "fold_constants", "fold_affine"], "mine").steps) == 3
 
 
+_BEFORE = ["prune_graph", "fold_constants", "fold_affine"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (["quantize", "fold_constants"], "pass 5: fold_constants would undo the ranges that quantize (pass 4) made; put fold_constants before quantize"),
+        (["quantize", "merge_duplicates"], None),
+        (["train_quantized", "quantize"], "quantize would undo the ranges that train_quantized (pass 4) made"),
+    ],
+)  # fmt: skip
+def test_an_order_that_undoes_an_earlier_gain_is_refused_with_the_one_that_works(steps, message):
+    if message is None:
+        assert len(recipe.parse(_BEFORE + steps, "mine").steps) == 3 + len(steps)
+        return
+    with pytest.raises(TfoptError) as raised:
+        recipe.parse(_BEFORE + steps, "mine")
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("name", passes.NAMES)
+def test_what_a_pass_makes_and_keeps_is_known(name):
+    chosen = passes.get(name)
+    assert set(chosen.makes) | set(chosen.keeps) <= set(passes.INVARIANTS)
+
+
+def test_options_are_changed_by_name():
+    read = recipe.read("qat_int4")
+    changed = recipe.override(read, ["train_quantized.epochs=2", "train_quantized.calibrator=mse"])
+    options = dict(changed.steps)["train_quantized"]
+    assert options == {**dict(read.steps)["train_quantized"], "epochs": 2, "calibrator": "mse"}
+    assert changed.tflite == read.tflite and recipe.override(read, []) == read
+    twice = recipe.override(recipe.read("lossless"), ["fold_constants.max_growth_bytes=0"])
+    assert [o for name, o in twice.steps if name == "fold_constants"] == [{"max_growth_bytes": 0}] * 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("epochs=2", "--set=epochs=2: expected pass.option=value"),
+        ("train_quantized.epochs", "expected pass.option=value"),
+        ("train_quantised.epochs=2", "recipe qat_int8 has no pass 'train_quantised'; its passes: prune_graph, "),
+        ("train_quantized.epoch=2", "train_quantized has no option 'epoch'"),
+        ("train_quantized.epochs=two", "option 'epochs' of train_quantized is int, received 'two'"),
+        ("train_quantized.epochs=2.5", "option 'epochs' of train_quantized is int, received 2.5"),
+    ],
+)
+def test_changes_that_make_no_sense_end_in_one_line(setting, message):
+    with pytest.raises(TfoptError) as raised:
+        recipe.override(recipe.read("qat_int8"), [setting])
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("name", passes.NAMES)
 def test_every_pass_is_where_its_name_says(name):
     assert passes.get(name).name == name
