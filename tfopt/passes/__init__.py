@@ -199,7 +199,7 @@ def optimize_in_process(model: Model, optimizers: list[str], keep: Iterable[str]
 NAMES = (
     *("prune_graph", "merge_duplicates", "fold_constants", "fold_shapes", "fold_affine"),
     *("equalize", "correct_bias", "quantize", "mixed_precision", "train_quantized"),
-    *("bfloat16", "int8_weights", "binarize"),
+    *("bfloat16", "int8_weights", "binarize", "distill"),
 )
 
 

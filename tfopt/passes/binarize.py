@@ -95,6 +95,7 @@ def run(
             settings,
             transform=_signs([binary.latent for binary in binaries]),
             names=[name for name in names if name in graph.nodes and name not in chosen] + own,
+            checkpoint=data.checkpoint,
             title="binarize",
         )
         log.notes.append(history.summary())

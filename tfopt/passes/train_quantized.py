@@ -61,6 +61,7 @@ def run(
         Settings(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, alpha=alpha, seed=data.seed),
         transform=transform,
         names=names,
+        checkpoint=data.checkpoint,
         title="train_quantized",
     )
     held = {split(node.input[0])[0] for node in quantized.graph.nodes.values() if node.op in OPS}
