@@ -24,11 +24,14 @@ def blocks(name: str, language: str) -> list[str]:
 
 def test_recipes_page_names_every_recipe_and_pass():
     text = (REPO / "docs" / "recipes.md").read_text()
+    lossless = recipe.NAMED["lossless"]["passes"]
     for name, named in recipe.NAMED.items():
-        steps = named["passes"]
+        steps = [step if isinstance(step, str) else step["pass"] for step in named["passes"]]
+        if steps[: len(lossless)] == lossless and len(steps) > len(lossless):
+            steps[: len(lossless)] = ["the lossless ones"]
         (row,) = re.findall(rf"^\| `{name}`.*$", text, re.MULTILINE)
         if steps:
-            assert row.split("|")[2].strip() == ", ".join(s if isinstance(s, str) else s["pass"] for s in steps)
+            assert row.split("|")[2].strip() == ", ".join(steps)
     for name in passes.NAMES:
         (row,) = re.findall(rf"^\| `{name}` \|.*$", text, re.MULTILINE)
         assert re.findall(r"`(\w+)` \(([\w.-]*)\)", row) == [(o, str(v)) for o, v in passes.get(name).options.items()]

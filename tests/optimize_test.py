@@ -183,6 +183,15 @@ def test_what_is_random_is_said_and_the_rest_is_compared(tmp_path):
     assert not result.failed
 
 
+def test_a_pass_is_left_out_where_none_of_its_files_is_made(built, tmp_path):
+    named = {"passes": ["prune_graph", "fold_constants", "fold_affine", "quantize"]}
+    (tmp_path / "mine.json").write_text(json.dumps(named))
+    result = optimize(built("keras3_export"), tmp_path / "out", options(recipe=str(tmp_path / "mine.json")))
+    step = result.report.steps[-1]
+    assert (step.name, step.status) == ("quantize", "left out") and "int8, int4, mixed" in step.notes[0]
+    assert not result.failed and result.report.recipe["passes"][-1] == {"pass": "quantize"}
+
+
 def test_the_main_signature_takes_inputs(built):
     assert main_signature(model.load(built("keras3_export"))) == "serving_default"
     assert main_signature(model.load(built("counter"))) == "count"

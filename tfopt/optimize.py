@@ -142,6 +142,9 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         for position, (name, chosen) in enumerate(steps, 1):
             if options.checkpoint_dir:
                 data = dataclasses.replace(data, checkpoint=Path(options.checkpoint_dir) / f"{position:02}_{name}")
+            if passes.get(name).files and not set(passes.get(name).files) & set(emit.files(options)):
+                report.steps.append(_left_out(optimized, name, chosen))
+                continue
             if served is None and passes.get(name).device:
                 served = optimized
             optimized, step = run_pass(optimized, name, chosen, verifier if options.verify else None, data)
@@ -273,6 +276,22 @@ def _load_step(model: Model, seconds: float) -> Step:
         notes=[f"not read by any signature, left in the checkpoint: {listed(model.unused)}"] if model.unused else [],
         seconds=seconds,
         summary="reads the signatures, writes out the functions that they call, and leaves everything else behind.",
+    )
+
+
+def _left_out(model: Model, name: str, options: dict[str, Any]) -> Step:
+    """The record of a pass that prepares files which are not made."""
+    nodes, size, chosen = model.node_count(), model.weight_bytes, passes.get(name)
+    return Step(
+        name=name,
+        options=options,
+        nodes_before=nodes,
+        nodes_after=nodes,
+        weight_bytes_before=size,
+        weight_bytes_after=size,
+        status="left out",
+        notes=[f"it is for the TFLite files {', '.join(chosen.files)}, of which none is made"],
+        summary=_summary(chosen),
     )
 
 

@@ -38,7 +38,7 @@ class Step:
         applied: rule -> number of times it was applied.
         max_error: largest difference of the outputs before and after, relative to the output's scale;
             None where it was not verified.
-        status: "applied" | "no effect" | "undone" | "unverified".
+        status: "applied" | "no effect" | "undone" | "unverified" | "left out".
         notes: what else a reader should know, a sentence each.
         seconds: wall time, verification included.
         summary: what the pass is for, in one sentence for someone who never saw it.

@@ -78,6 +78,7 @@ class Pass:
       lossless: whether outputs must stay within rounding; such a pass is undone where they do not.
       learns: whether `run` takes `Data` as its third argument.
       device: whether it prepares TFLite files alone: the serving model stays as it was before it.
+      files: the TFLite files that it is for: where none of them is made, it is left out. Empty: any.
       makes: which of INVARIANTS it brings about.
       keeps: which of them survive it.
     """
@@ -89,6 +90,7 @@ class Pass:
     lossless: bool = True
     learns: bool = False
     device: bool = False
+    files: tuple[str, ...] = ()
     makes: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
 
@@ -199,7 +201,8 @@ def optimize_in_process(model: Model, optimizers: list[str], keep: Iterable[str]
 NAMES = (
     *("prune_graph", "merge_duplicates", "fold_constants", "fold_shapes", "fold_affine"),
     *("equalize", "correct_bias", "quantize", "mixed_precision", "train_quantized"),
-    *("bfloat16", "int8_weights", "binarize", "distill"),
+    *("bfloat16", "int8_weights", "binarize", "distill", "prune_magnitude", "cluster"),
+    *("compress_inputs", "compress_embeddings"),
 )
 
 

@@ -266,6 +266,7 @@ PASS = Pass(
     lossless=False,
     learns=True,
     device=True,
+    files=("int8", "int4", "mixed"),
     makes=("ranges",),
     keeps=("sparsity", "clusters"),
 )
