@@ -14,7 +14,7 @@ from tfopt.errors import TfoptError
 from tfopt.fake_quant import OPS, is_quantized
 from tfopt.function import Function
 from tfopt.optimize import run_pass
-from tfopt.passes import Data, get
+from tfopt.passes import Data, get, quantize
 from tfopt.passes.quantize import decibel
 from tfopt.rewrite import Log
 
@@ -135,3 +135,16 @@ def test_latency_takes_4_bits_only_where_they_are_faster(net, data, monkeypatch,
 def test_no_rows_is_one_clear_line(net, data):
     with pytest.raises(TfoptError, match="mixed_precision learns from data: give --representative_data"):
         mixed(net, dataclasses.replace(data, rows=None))
+
+
+@pytest.mark.parametrize("integers", [True, False])
+def test_integer_outputs_reach_the_calibration(net, data, monkeypatch, integers):
+    seen = []
+
+    def calibrate(*arguments):
+        seen.append(arguments[-1])
+        return quantize.calibrate(*arguments)
+
+    monkeypatch.setattr("tfopt.passes.mixed_precision.calibrate", calibrate)
+    mixed(net, dataclasses.replace(data, integer_outputs=integers), max_drop=1.0)
+    assert seen == [integers]
