@@ -33,15 +33,33 @@ def clusters(value: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
       value: of any shape.
 
     Returns:
-      (distinct values (k,), the index of each element's own, in the shape of `value`), or None where there are more
-      than 256 or the kernel is so small that it may have them by chance.
+      (distinct values (k,), the index of each element's own, in the shape of `value`), or None where there are too many
+      (more than 256 in the whole, and, whatever axis is taken for the channels, more than 256 or an eighth of its
+      elements in one of them), and where the kernel is so small that it may have few by chance.
     """
-    if value.ndim < 2 or value.size < 8 or len(np.unique(value.ravel()[: 4 * _VALUES])) > _VALUES:
+    if value.ndim < 2 or value.size < 8 or not (_few(value) or _few_by_channel(value)):
         return None
     centroids, index = np.unique(value, return_inverse=True)
-    if len(centroids) > min(_VALUES, value.size // 2):
-        return None
     return centroids, index.reshape(value.shape).astype(np.int32)
+
+
+def has_one_table(value: np.ndarray) -> bool:
+    """Whether a kernel is clustered as a whole, not channel by channel: one scale can keep its values apart."""
+    return value.ndim > 1 and value.size >= 8 and _few(value)
+
+
+def _few(value: np.ndarray) -> bool:
+    most = min(_VALUES, value.size // 2)
+    return len(np.unique(value.ravel()[: 4 * _VALUES])) <= most and len(np.unique(value)) <= most
+
+
+def _few_by_channel(value: np.ndarray) -> bool:
+    """Whether the places along one of the axes have few values each."""
+    for axis, size in enumerate(value.shape):
+        most = min(_VALUES, value.size // max(size, 1) // 8)
+        if most > 1 and all(len(np.unique(part)) <= most for part in np.moveaxis(value, axis, 0)):
+            return True
+    return False
 
 
 def hold(weights: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Keep]:

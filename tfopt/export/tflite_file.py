@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 OP_NAMES = {value: name for name, value in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
 _TYPES = {value: name for name, value in vars(schema.TensorType).items() if not name.startswith("_")}
 _FLOATS = ("FLOAT32", "FLOAT16")
+_DTYPES = {
+    kind: np.dtype({"FLOAT32": "float32", "FLOAT16": "float16", "INT4": "int8"}.get(kind, kind.lower()))
+    for kind in ("FLOAT32", "FLOAT16", "INT4", "INT8", "INT16", "INT32", "INT64")
+}
 _EDGES = ("QUANTIZE", "DEQUANTIZE")  # which only change the type
 
 
@@ -78,6 +84,21 @@ class TfliteFile:
             for subgraph in self._model.subgraphs
             for tensor in subgraph.tensors
         )
+
+    def constants(self) -> Iterator[np.ndarray]:
+        """Yields the weights: constants with an axis that are float or have a scale; 4 bits come as int8."""
+        seen = set()
+        for subgraph in self._model.subgraphs:
+            for tensor in subgraph.tensors:
+                data, kind, found = self._model.buffers[tensor.buffer].data, _TYPES[tensor.type], self._tensor(tensor)
+                weight = found.shape and (found.quantized or kind in _FLOATS)
+                if data is None or not weight or kind not in _DTYPES or tensor.buffer in seen:
+                    continue
+                seen.add(tensor.buffer)
+                raw = np.frombuffer(bytes(data), _DTYPES[kind])
+                if kind == "INT4":  # two a byte, the first in the lower half
+                    raw = np.stack([np.left_shift(raw, 4) >> 4, raw >> 4], 1).ravel()[: math.prod(found.shape)]
+                yield raw.reshape(found.shape)
 
     def float_ops(self) -> dict[str, int]:
         """Returns the ops that compute in float, with their number."""
