@@ -55,7 +55,7 @@ class Optimizer:
                 )
                 continue
             if self._decay and variable.shape.rank > 1:  # biases and scales are not drawn to 0
-                variable.assign_sub(rate * self._decay * variable)
+                tf.raw_ops.AssignSubVariableOp(resource=handle, value=rate * self._decay * variable.read_value())
             tf.raw_ops.ResourceApplyAdam(
                 **{"var": handle, "m": slots[0].handle, "v": slots[1].handle, "lr": rate, "grad": gradient},
                 **{"beta1": _B1, "beta2": _B2, "epsilon": _EPSILON},

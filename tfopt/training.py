@@ -11,6 +11,7 @@ import tensorflow as tf
 from absl import logging
 from tqdm import tqdm
 
+from tfopt import distribution
 from tfopt.data import Dataset, batch_size
 from tfopt.differentiable import differentiable
 from tfopt.errors import TfoptError
@@ -119,7 +120,8 @@ def fine_tune(
             kept = keep(variables)
             return {**kept, **(transform({**variables, **kept}) if transform else {})}
 
-        variables = {name: tf.Variable(value, name=f"w{i}") for i, (name, value) in enumerate(initial.items())}
+        with distribution.scope():
+            variables = {name: tf.Variable(value, name=f"w{i}") for i, (name, value) in enumerate(initial.items())}
         history = train(
             function,
             variables,
@@ -135,7 +137,7 @@ def fine_tune(
         )
         weights = {**variables, **whole(variables)}
         for name in weights.keys() & model.weights.keys():
-            model.weights[name] = np.asarray(weights[name], model.weights[name].dtype)
+            model.weights[name] = tf.convert_to_tensor(weights[name]).numpy().astype(model.weights[name].dtype)
     finally:
         demote(model, made)
     return history

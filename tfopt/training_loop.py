@@ -19,14 +19,15 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
+from tfopt import distribution
 from tfopt.checkpoint import Checkpoint
 from tfopt.data import Dataset
 from tfopt.errors import TfoptError, one_line
 from tfopt.losses import Loss
 from tfopt.optimizers import Optimizer, learning_rate
 from tfopt.training_settings import History, Settings
+from tfopt.training_step import Lesson, Steps, Tensors
 
-Tensors = Mapping[str, tf.Tensor]
 Transform = Callable[[Mapping[str, tf.Variable]], Tensors]
 
 
@@ -45,6 +46,21 @@ class Schedule:
     settled: float = 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Teaching:
+    """What is done in the steps alone, and not where weights are judged.
+
+    Attributes:
+      lesson: the losses of a step in place of `loss(function(weights, inputs), targets)`.
+      prepare: changes the inputs of a step: (inputs, targets, a generator of this step's own) -> inputs.
+      state: variables that the lesson assigns, such as batch statistics: kept with the best weights.
+    """
+
+    lesson: Lesson | None = None
+    prepare: Callable[[dict[str, np.ndarray], dict[str, np.ndarray], np.random.Generator], dict] | None = None
+    state: Mapping[str, tf.Variable] = dataclasses.field(default_factory=dict)
+
+
 def train(
     function: Callable[[Tensors, Tensors], Tensors],
     variables: Mapping[str, tf.Variable],
@@ -55,6 +71,7 @@ def train(
     *,
     transform: Transform | None = None,
     schedule: Schedule | None = None,
+    teaching: Teaching = Teaching(),
     checkpoint: str | Path | None = None,
     fixed_batch: bool = False,
     title: str = "training",
@@ -70,6 +87,7 @@ def train(
       settings: how to train.
       transform: makes the weights of the variables (a mask, a quantizer); what it leaves out is taken as it is.
       schedule: what changes between steps.
+      teaching: what is done in the steps alone.
       checkpoint: a directory for the state; a killed run that is started again goes on from there, and ends with the
         same weights as one that was not killed.
       fixed_batch: whether the function takes batches of just `settings.batch_size`.
@@ -79,7 +97,7 @@ def train(
       TfoptError: nothing to train, an op without a gradient, or a checkpoint of another training.
     """
     begin = time.monotonic()
-    loop = _Loop(function, variables, rows, targets, loss, settings, transform, schedule, fixed_batch)
+    loop = _Loop(function, variables, rows, targets, loss, settings, transform, schedule, teaching, fixed_batch)
     saved = Checkpoint(Path(checkpoint), loop.fingerprint()) if checkpoint else None
     loop.start(saved)
     with tqdm(total=loop.total, initial=loop.step, desc=title, unit="step", leave=False, disable=None) as bar:
@@ -88,7 +106,11 @@ def train(
             bar.update(1)
             if loop.history.validation:
                 bar.set_postfix(validation=f"{loop.history.validation[-1]:.4g}", refresh=False)
-            if saved and (loop.history.stopped or loop.step % settings.checkpoint_steps == 0):
+            if (
+                saved
+                and distribution.is_chief()
+                and (loop.history.stopped or loop.step % settings.checkpoint_steps == 0)
+            ):
                 loop.save(saved)
     loop.finish()
     loop.history.seconds = time.monotonic() - begin
@@ -117,6 +139,7 @@ class _Loop:
         settings: Settings,
         transform: Transform | None,
         schedule: Schedule | None,
+        teaching: Teaching,
         fixed_batch: bool,
     ):
         if not variables:
@@ -124,12 +147,15 @@ class _Loop:
         self.settings = settings
         self._rows, self._targets = rows, dict(targets)
         self._names, self._variables = list(variables), list(variables.values())
-        self._optimizer = Optimizer(settings.optimizer, self._variables, settings.weight_decay)
+        with distribution.scope():
+            self._optimizer = Optimizer(settings.optimizer, self._variables, settings.weight_decay)
         order = np.random.default_rng(settings.seed).permutation(len(rows))
         held = int(len(rows) * settings.validation)
         self._held, self._train = np.sort(order[:held]) if held else order, order[held:]
-        size = settings.batch_size
-        self._batch = size if fixed_batch else min(size, len(self._train))
+        size, replicas = settings.batch_size, distribution.replicas()
+        self._batch = size * replicas if fixed_batch else min(size, len(self._train))
+        if self._batch < replicas:
+            raise TfoptError(f"a batch of {self._batch} rows is less than a row for each of {replicas} replicas")
         self.per_epoch = max(1, len(self._train) // self._batch)
         self.total = self.per_epoch * settings.epochs
         if settings.max_steps:
@@ -137,6 +163,8 @@ class _Loop:
         self.step = 0
         self._schedule = schedule
         self._state = list(schedule.state.values()) if schedule else []
+        self._kept = [*self._variables, *teaching.state.values()]
+        self._prepare = teaching.prepare
         self._settled = math.ceil(self.total * schedule.settled) if schedule else 0
         self.history = History(rows=len(self._train), validation_rows=len(self._held), apart=held > 0)
         self._running: list[float] = []  # losses of this epoch's steps
@@ -144,27 +172,17 @@ class _Loop:
         self._best_loss = math.inf
         self._order = (-1, order)
 
-        def losses(inputs: Tensors, wanted: Tensors) -> tf.Tensor:
-            weights: Tensors = dict(variables)
-            if transform is not None:
-                weights = {**weights, **transform(variables)}
-            return loss(function(weights, inputs), wanted)
+        def weights() -> Tensors:
+            return dict(variables) if transform is None else {**variables, **transform(variables)}
 
-        # The seam for tf.distribute: these two are all that runs on a device.
-        @tf.function(autograph=False)
-        def step(inputs: Tensors, wanted: Tensors, rate: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(self._variables)
-                mean = tf.reduce_mean(losses(inputs, wanted))
-            gradients = tape.gradient(mean, self._variables)
-            self.history.trained = [n for n, g in zip(self._names, gradients, strict=True) if g is not None]
-            if settings.gradient_clip:
-                gradients, _ = tf.clip_by_global_norm(gradients, settings.gradient_clip)
-            self._optimizer.apply(gradients, rate, number)
-            return mean
+        def exam(inputs: Tensors, wanted: Tensors) -> tf.Tensor:
+            return loss(function(weights(), inputs), wanted)
 
-        self._step = step
-        self._losses = tf.function(losses, autograph=False)
+        def lesson(inputs: Tensors, wanted: Tensors, share: tf.Tensor) -> tf.Tensor:
+            return teaching.lesson(weights(), inputs, wanted, share) if teaching.lesson else exam(inputs, wanted)
+
+        clip = settings.gradient_clip
+        self._steps = Steps(variables, lesson, exam, self._optimizer, clip, self._batch, rows.whole)
 
     def fingerprint(self) -> str:
         """What makes two trainings the same: settings, initial weights, rows and targets."""
@@ -178,16 +196,15 @@ class _Loop:
 
     def start(self, saved: Checkpoint | None) -> None:
         """Goes to where the checkpoint left off, or to the beginning."""
-        state = saved.restore() if saved else None
+        state = distribution.shared(saved.restore if saved and distribution.is_chief() else None)
         if state is None:
             self._judge()
             self._end()
             return
         progress, arrays = state
-        count = len(self._variables)
-        for variable, value in zip([*self._variables, *self._optimizer.slots, *self._state], arrays, strict=False):
+        for variable, value in zip([*self._kept, *self._optimizer.slots, *self._state], arrays, strict=False):
             variable.assign(value)
-        self._best = arrays[-count:]
+        self._best = arrays[-len(self._kept) :]
         self.step, self._running, self._best_loss = progress["step"], progress["running"], progress["best_loss"]
         self.history = History(**progress["history"])
 
@@ -197,7 +214,7 @@ class _Loop:
             **{"step": self.step, "running": self._running, "best_loss": self._best_loss},
             "history": dataclasses.asdict(self.history),
         }
-        arrays = [variable.numpy() for variable in [*self._variables, *self._optimizer.slots, *self._state]]
+        arrays = [variable.numpy() for variable in [*self._kept, *self._optimizer.slots, *self._state]]
         saved.save(progress, [*arrays, *self._best])
 
     def advance(self) -> None:
@@ -210,12 +227,16 @@ class _Loop:
         rate = learning_rate(self.settings.learning_rate, self.step, self.total)
         if self._schedule:
             self._schedule.update(self.step, self.total, dict(zip(self._names, self._variables, strict=True)))
+        inputs, wanted = self._take(chosen)
+        if self._prepare:
+            inputs = self._prepare(inputs, wanted, np.random.default_rng([self.settings.seed, self.step, 1]))
         with _explained():
-            mean = self._step(*self._take(chosen), tf.constant(rate, tf.float32), tf.constant(self.step + 1.0))
+            mean = self._steps.step(inputs, wanted, rate, self.step + 1, self.step / self.total)
+        self.history.trained = self._steps.trained or self.history.trained
         if not self.history.trained:
             raise TfoptError("the model cannot be trained: none of its weights has a gradient")
         self.step = self.history.steps = self.step + 1
-        self._running.append(float(mean))
+        self._running.append(mean)
         if not math.isfinite(self._running[-1]):
             self.history.stopped = f"the loss is not finite at step {self.step}"
         elif self.step % self.per_epoch == 0 or self.step == self.total:
@@ -231,11 +252,11 @@ class _Loop:
             chosen = self._held[start : start + self._batch]
             padded = np.resize(chosen, self._batch)  # one shape, so one trace
             with _explained():
-                found.append(self._losses(*self._take(padded)).numpy()[: len(chosen)])
+                found.append(self._steps.losses(*self._take(padded))[: len(chosen)])
         value = float(np.mean(np.concatenate(found), dtype=np.float64))
         self.history.validation.append(value)
         if not self._best or (self.step >= self._settled and value < self._best_loss):
-            self._best = [variable.numpy() for variable in self._variables]
+            self._best = [variable.numpy() for variable in self._kept]
             self.history.best_step = self.step
             if math.isfinite(value) and self.step >= self._settled:
                 self._best_loss = self.history.best_loss = value
@@ -254,12 +275,9 @@ class _Loop:
 
     def finish(self) -> None:
         """Gives the variables their best values."""
-        for variable, value in zip(self._variables, self._best, strict=True):
+        for variable, value in zip(self._kept, self._best, strict=True):
             variable.assign(value)
 
-    def _take(self, chosen: np.ndarray) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
+    def _take(self, chosen: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         inputs = {n: a if n in self._rows.whole else a[chosen] for n, a in self._rows.inputs.items()}
-        return (
-            {name: tf.constant(array) for name, array in inputs.items()},
-            {name: tf.constant(array[chosen]) for name, array in self._targets.items()},
-        )
+        return inputs, {name: array[chosen] for name, array in self._targets.items()}
