@@ -105,7 +105,7 @@ def values(
       rows: rows of the signature; where its batch is fixed, the last call is filled up with the first rows.
 
     Yields:
-      (first row of the call, reference as given -> array), float32 unless the tensor is float64.
+      (first row of the call, reference as given -> array), float32, or float64 where that is what holds the tensor.
 
     Raises:
       TfoptError: a tensor is not there or not computed from this signature's inputs, or the model cannot be run.
@@ -200,7 +200,9 @@ def _opened(model: Model, signature: str, refs: Sequence[str]) -> Model:
 def _number(ref: str, array: np.ndarray) -> np.ndarray:
     if array.dtype.kind in "OSUc":
         raise TfoptError(f"tensor {ref!r} holds no real numbers but {array.dtype}: it has no range")
-    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
+    if array.dtype in (np.float32, np.float64):
+        return array
+    return array.astype(np.float64 if array.dtype.kind in "iu" and array.dtype.itemsize > 2 else np.float32)
 
 
 def _check_inputs(rows: Dataset) -> None:
