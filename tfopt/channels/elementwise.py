@@ -37,9 +37,13 @@ def _broadcast(s: Spread, node: NodeDef) -> None:
     axes = []
     for axis in range(-max(map(len, operands)), 0):
         parts = [operand[axis] for operand in operands if len(operand) >= -axis]
-        wide = [part for part in parts if part.shape != (1,)] or parts[:1]
+        wide = [part for part in parts if part.shape != (1,)] or parts
         if len({part.shape for part in wide if part.ndim}) > 1:
             raise Unknown("its operands do not broadcast")
+        if wide is not parts:
+            for part in parts:
+                if part.shape == (1,):
+                    s.ids.pin(part, f"{node.op} {node.name!r} broadcasts it")
         axes.append(s.ids.join(*wide))
     s.result(node, tuple(axes))
     if node.op == "Mul":

@@ -60,6 +60,8 @@ class Channels:
             for name, axes in self.spread.constants.items()
             for axis, ids in enumerate(axes)
         }
+        tensors = {axis.tobytes(): axis for axes in self.spread.tensors() for axis in map(self.classes.of, axes)}
+        self._tensors = [axis for axis in tensors.values() if axis.size and self.classes.free[axis].all()]
         self.groups = self._groups()
         self._factors = [
             (product.macs, [self.classes.of(axis) for axis in product.axes if axis.ndim])
@@ -93,6 +95,14 @@ class Channels:
             if axes:
                 total += int(np.prod([np.count_nonzero(kept[self._axes[name, a]]) for a in range(len(axes))]))
         return total
+
+    def spare(self, kept: np.ndarray, worth: np.ndarray) -> np.ndarray:
+        """A mask under which every axis of every tensor keeps a channel: that of most worth where none would stay."""
+        kept = kept.copy()
+        for classes in self._tensors:
+            if not kept[classes].any():
+                kept[classes[np.argmax(worth[classes])]] = True
+        return kept
 
     def cut(self, model: Model, kept: np.ndarray) -> int:
         """Takes channels out of a model, in place.

@@ -37,6 +37,8 @@ def _product(s: Spread, node: NodeDef) -> None:
                 raise Unknown("it broadcasts")
             joined[label] = s.ids.join(joined[label], axis) if label in joined else axis
             sizes[label] = size
+            if label not in result and not any(label in other for other in sides if other is not side):
+                s.ids.pin(axis, f"{node.op} {node.name!r} sums over them, or broadcasts them")
     makes = None
     for index, ref in enumerate(s.inputs(node)):
         other = sides[1 - index]

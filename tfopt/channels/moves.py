@@ -7,7 +7,7 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from tfopt.channels.ids import live
 from tfopt.channels.sizes import resize, writable
-from tfopt.channels.spread import Spread, Unknown
+from tfopt.channels.spread import Kept, Spread, Unknown
 from tfopt.rules.constants import attr
 
 
@@ -34,14 +34,26 @@ def _squeeze(s: Spread, node: NodeDef) -> None:
 
 def _pad(s: Spread, node: NodeDef) -> None:
     axes = []
-    for ids, (low, high) in zip(s.operand(node, 0), s.integers(node, 1), strict=True):
-        if (low or high) and node.op == "MirrorPad":
+    paddings = s.integers(node, 1)
+    added: dict[tuple[int, int], np.ndarray] = {}
+    for axis, (ids, widths) in enumerate(zip(s.operand(node, 0), paddings, strict=True)):
+        if widths.any() and node.op == "MirrorPad":
             ids = s.ids.pin(ids, "they are mirrored")
-        if ids.ndim and (low or high):
-            before, after = (s.ids.fixed(int(size), "they are padding") for size in (low, high))
-            ids = np.concatenate([before, ids, after])
+        if ids.ndim and widths.any():
+            for side, size in enumerate(widths.tolist()):  # padding is channels too, where it meets some
+                added[axis, side] = s.ids.new(size) if live(ids) else s.ids.fixed(size, "they are padding")
+            ids = np.concatenate([added[axis, 0], ids, added[axis, 1]])
         axes.append(ids)
     s.result(node, tuple(axes))
+
+    def cut(kept: Kept) -> None:
+        left = np.array(paddings)
+        for place, ids in added.items():
+            left[place] = kept(ids).sum()
+        if (left != paddings).any():
+            s.graph.set_input(node.name, 1, s.graph.add_constant(f"{node.name}/paddings", left))
+
+    s.cuts.append(cut)
 
 
 def _concat(s: Spread, node: NodeDef) -> None:

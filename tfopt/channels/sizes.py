@@ -6,12 +6,12 @@ follows the tensors by itself; what is constant is written anew, for one node at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
-from tfopt.channels.spread import Spread
+from tfopt.channels.spread import Kept, Spread
 from tfopt.graph import Graph, join, make_node, split
 
 
@@ -32,7 +32,7 @@ def resize(s: Spread, node: NodeDef, index: int, axes: Mapping[int, np.ndarray])
     """Asks for entries of an operand to be written when channels go: entry -> the axis whose size it is."""
     name = node.name
 
-    def cut(kept: Callable[[np.ndarray], np.ndarray]) -> None:
+    def cut(kept: Kept) -> None:
         sizes = {position: int(kept(axis).sum()) for position, axis in axes.items() if not kept(axis).all()}
         if sizes:
             rewrite(s.graph, name, index, sizes)

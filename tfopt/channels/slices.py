@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from tfopt.channels.ids import live
-from tfopt.channels.spread import Spread, Unknown
+from tfopt.channels.spread import Kept, Spread, Unknown
 from tfopt.graph import make_node
 from tfopt.rules.constants import attr
-
-Kept = Callable[[np.ndarray], np.ndarray]
 
 
 def _split(s: Spread, node: NodeDef) -> None:

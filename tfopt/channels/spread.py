@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ from tfopt.channels.ids import Axes, Ids, live
 from tfopt.graph import Shape, join, split
 from tfopt.model import Model
 
-Cut = Callable[[Callable[[np.ndarray], np.ndarray]], None]
+Kept = Callable[[np.ndarray], np.ndarray]  # from an axis to the mask of what stays of it
+Cut = Callable[[Kept], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,10 @@ class Spread:
     def axes(self, ref: str) -> Axes | None:
         """The ids of the axes of a reference; None where its rank is unknown."""
         return self._axes.get(join(*split(ref)))
+
+    def tensors(self) -> Iterator[Axes]:
+        """The ids of every tensor whose rank is known."""
+        return (axes for axes in self._axes.values() if axes is not None)
 
     def inputs(self, node: NodeDef) -> list[str]:
         """Its data inputs."""

@@ -156,7 +156,8 @@ def _choose(
     max_share: float,
 ) -> np.ndarray:
     if scope == "uniform":
-        return uniform(channels, worth, lambda kept: cost(kept) <= wanted, round_to, max_share)
+        kept = uniform(channels, worth, lambda kept: cost(kept) <= wanted, round_to, max_share)
+        return channels.spare(kept, worth)
     scale = None
     if scope == "sensitivity":
         halves = {}
@@ -167,7 +168,7 @@ def _choose(
         changes = {name: masked(channels, model, kept) for name, kept in halves.items()}
         errors = sensitivity(model, data.signature, rows, changes)
         scale = {name: error / max(float(worth[~halves[name]].sum()), 1e-30) for name, error in errors.items()}
-    return by_worth(channels, worth, cost, wanted, round_to, max_share, scale)
+    return channels.spare(by_worth(channels, worth, cost, wanted, round_to, max_share, scale), worth)
 
 
 def _stored(data: Data, step: int, channels: Channels) -> np.ndarray | None:
