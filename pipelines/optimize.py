@@ -64,6 +64,12 @@ flags.DEFINE_integer("seed", 0, "Of everything random.")
 flags.DEFINE_string(
     "checkpoint_dir", None, "Where trainings keep their state: a run that was killed goes on from there if run again."
 )
+flags.DEFINE_enum(
+    "strategy",
+    "",
+    ["", "mirrored", "multiworker"],
+    "Train on all GPUs of this machine, or on all machines that TF_CONFIG names (docs/training.md); else one device.",
+)
 flags.DEFINE_bool("overwrite", False, "Replace what an earlier run wrote to --output_dir.")
 flags.DEFINE_integer("version", 1, "Version directory under serving/.", lower_bound=1)
 flags.DEFINE_enum("verify", "on", ["on", "off"], "Compare outputs before and after each pass.")
@@ -128,6 +134,7 @@ def main(argv: Sequence[str]) -> int:
             signatures=names(FLAGS.signatures),
             seed=FLAGS.seed,
             checkpoint_dir=FLAGS.checkpoint_dir,
+            strategy=FLAGS.strategy,
             overwrite=FLAGS.overwrite,
             version=FLAGS.version,
             verify=FLAGS.verify == "on",
@@ -146,6 +153,9 @@ def main(argv: Sequence[str]) -> int:
             command=shlex.join(["tfopt-optimize", *sys.argv[1:]]),
         ),
     )
+    if result.directory is None:
+        print("This worker trained along; the results are where the chief runs.")
+        return 0
     print(result.report.table())
     print(f"\nReport: {result.directory / 'report.html'}")
     return 1 if result.failed or result.empty else 0

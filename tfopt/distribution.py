@@ -13,7 +13,9 @@ import contextlib
 import io
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,6 +107,16 @@ def is_chief() -> bool:
     if resolver.task_type == "chief":
         return True
     return "chief" not in resolver.cluster_spec().as_dict() and resolver.task_id == 0
+
+
+@contextlib.contextmanager
+def place(output: str | Path) -> Iterator[Path]:
+    """Where this process writes: the chief to `output`, the others to a directory that is removed at the end."""
+    if is_chief():
+        yield Path(output)
+        return
+    with tempfile.TemporaryDirectory(prefix="tfopt-worker-") as scratch:
+        yield Path(scratch) / "output"
 
 
 def sliced(make: Callable[[slice], Any], rows: int) -> Any:

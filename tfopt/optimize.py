@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from tfopt import emit, metrics, passes, recipe, runtime, sources, tfmot_route
+from tfopt import distribution, emit, metrics, passes, recipe, runtime, sources, tfmot_route
 from tfopt.assess import Assessment, assess
 from tfopt.environment import describe
 from tfopt.errors import TfoptError, one_line
@@ -52,6 +52,7 @@ class Options:
     signatures: tuple[str, ...] | None = None
     seed: int = 0
     checkpoint_dir: str | None = None
+    strategy: str = ""
     overwrite: bool = False
     version: int = 1
     verify: bool = True
@@ -76,13 +77,13 @@ class Result:
 
     Attributes:
       report: the record of the run; also written as report.json and report.html.
-      directory: where everything is.
+      directory: where everything is; None for a worker that trained along, and whose results are the chief's.
       failed: artifacts that were asked for by name and not emitted, or a serving model that was rejected.
       empty: whether nothing was emitted.
     """
 
     report: Report
-    directory: Path
+    directory: Path | None
     failed: list[str]
     empty: bool
 
@@ -107,7 +108,11 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
     if options.tflite is None:
         options = dataclasses.replace(options, tflite=steps_wanted.tflite)
     _check(options, steps_wanted)
-    with Workspace(Path(output_dir), emit.targets(options), overwrite=options.overwrite) as workspace:
+    with (
+        distribution.using(options.strategy),
+        distribution.place(output_dir) as place,
+        Workspace(place, emit.targets(options), overwrite=options.overwrite) as workspace,
+    ):
         source = sources.as_saved_model(
             model,
             inputs=options.inputs,
@@ -165,7 +170,7 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
             metric=options.metric,
             output=options.eval_output,
             max_accuracy_drop=options.max_accuracy_drop,
-            latency=options.measure_latency,
+            latency=options.measure_latency and distribution.is_chief(),
             threads=options.threads,
             lossless=all(passes.get(name).lossless or passes.get(name).device for name, _ in steps_wanted.steps),
         )
@@ -193,7 +198,9 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         for position, (name, _) in enumerate(steps_wanted.steps, 1):
             if options.checkpoint_dir:
                 shutil.rmtree(Path(options.checkpoint_dir) / f"{position:02}_{name}", ignore_errors=True)
-    return Result(report, Path(output_dir), failed, not emitted)
+        distribution.wait()
+        directory = place if distribution.is_chief() else None
+    return Result(report, directory, failed, not emitted)
 
 
 def run_pass(

@@ -55,13 +55,14 @@ def test_every_flag_reaches_its_option(run, monkeypatch):
         "outputs": ("y", "z"), "overwrite": True, "keep_batch": True, "allow_select_tf_ops": True,
         "allow_unsafe_deserialization": True, "measure_latency": False, "labels": "t.npz", "minimize": "latency",
         "qat_engine": "tfmot", "runtime": "tflite-2.14", "all_integer": True, "serving_tflite": True,
+        "strategy": "mirrored", "checkpoint_dir": "c",
     }  # fmt: skip
     arguments = [f"--{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in wanted.items()]
-    run("--model=m", "--output_dir=o", "--verify=off", *arguments)
+    run("--model=m", "--output_dir=o", "--verify=off", "--set=a.b=1", "--set=a.c=x", *arguments)
     model, output, options = seen[0]
-    assert (model, output) == ("m", "o") and options.verify is False
+    assert (model, output) == ("m", "o") and options.verify is False and options.set == ("a.b=1", "a.c=x")
     assert {name: getattr(options, name) for name in wanted} == wanted
-    assert set(wanted) | {"verify", "command"} == set(vars(Options())), "an option without a flag"
+    assert set(wanted) | {"verify", "command", "set"} == set(vars(Options())), "an option without a flag"
 
 
 def test_defaults_of_flags_are_those_of_the_library(run, monkeypatch):
