@@ -202,7 +202,7 @@ NAMES = (
     *("prune_graph", "merge_duplicates", "fold_constants", "fold_shapes", "fold_affine"),
     *("equalize", "correct_bias", "quantize", "mixed_precision", "train_quantized"),
     *("bfloat16", "int8_weights", "binarize", "distill", "prune_magnitude", "cluster"),
-    *("compress_inputs", "compress_embeddings", "prune_channels"),
+    *("compress_inputs", "compress_embeddings", "prune_channels", "low_rank"),
 )
 
 
