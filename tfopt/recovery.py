@@ -12,7 +12,10 @@ from tfopt.training import History, Settings, Transform, fine_tune
 from tfopt.training_loop import Schedule
 
 # Of every pass that recovers, with their defaults; see `Settings`.
-OPTIONS: dict[str, Any] = {"epochs": 5, "batch_size": 64, "learning_rate": 1e-3, "alpha": 0.5, "temperature": 1.0}
+OPTIONS: dict[str, Any] = {
+    **{"epochs": 5, "min_steps": 500, "batch_size": 64, "learning_rate": 1e-3},
+    **{"alpha": 0.5, "temperature": 1.0},
+}
 
 
 def recover(

@@ -106,11 +106,8 @@ def train(
             bar.update(1)
             if loop.history.validation:
                 bar.set_postfix(validation=f"{loop.history.validation[-1]:.4g}", refresh=False)
-            if (
-                saved
-                and distribution.is_chief()
-                and (loop.history.stopped or loop.step % settings.checkpoint_steps == 0)
-            ):
+            due = loop.history.stopped or 0 in (loop.step % settings.checkpoint_steps, loop.step % loop.per_epoch)
+            if saved and due and distribution.is_chief():
                 loop.save(saved)
     loop.finish()
     loop.history.seconds = time.monotonic() - begin
@@ -157,7 +154,9 @@ class _Loop:
         if self._batch < replicas:
             raise TfoptError(f"a batch of {self._batch} rows is less than a row for each of {replicas} replicas")
         self.per_epoch = max(1, len(self._train) // self._batch)
-        self.total = self.per_epoch * settings.epochs
+        more = max(1, math.ceil(settings.min_steps / max(1, self.per_epoch * settings.epochs)))
+        self._epochs, self._patience = settings.epochs * more, settings.patience * more
+        self.total = self.per_epoch * self._epochs
         if settings.max_steps:
             self.total = min(self.total, settings.max_steps)
         self.step = 0
@@ -268,9 +267,9 @@ class _Loop:
         if not math.isfinite(values[-1]):
             self.history.stopped = f"the validation loss is not finite after step {self.step}"
         elif self.step == self.total:
-            short = self.total < self.per_epoch * self.settings.epochs
+            short = self.total < self.per_epoch * self._epochs
             self.history.stopped = f"max_steps ({self.settings.max_steps}) reached" if short else "all epochs done"
-        elif self.settings.patience and waited >= self.settings.patience:
+        elif self._patience and waited >= self._patience:
             self.history.stopped = f"no better validation loss for {waited} epochs"
 
     def finish(self) -> None:
