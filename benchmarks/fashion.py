@@ -1,7 +1,7 @@
-"""Trained models for what must be judged by accuracy: four small nets on Fashion-MNIST.
+"""Trained models for what must be judged by accuracy: small nets on Fashion-MNIST.
 
-    python -m benchmarks.fashion --list             trains what is missing; path and test accuracy of each
-    python -m benchmarks.fashion --list --models=fashion_vit
+    python -m benchmarks.fashion --list             trains what is missing of fashion_nets.NETS; path and test accuracy
+    python -m benchmarks.fashion --list --models=fashion_resnet20,fashion_vgg
 
 The test images are never trained on, calibrated on or chosen by: the last 5,000 training images are held out for that.
 A Keras 2 twin with the same weights lies beside each net that Keras 2 can build (TFMOT knows no other Keras).
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.fashion_nets import NETS
+from benchmarks.fashion_nets import COMPRESSED, NETS
 from benchmarks.models import CACHE, REPOSITORY, SEED, parse_names
 
 DATA = CACHE.parent / "data"
@@ -28,27 +28,29 @@ HELD_OUT = 5_000
 REPRESENTATIVE = 200
 BATCH = 256
 EPOCHS = {"fashion_mobilenet": 8, "fashion_se": 8, "fashion_vit": 6, "fashion_lstm": 10}
-LEARNING_RATE = {"fashion_vit": 2e-3}  # 4e-3 elsewhere
+EPOCHS |= {"fashion_resnet20": 8, "fashion_vgg": 8, "fashion_mlp": 12, "fashion_lenet5": 8}
+LEARNING_RATE = {"fashion_vit": 2e-3, "fashion_mlp": 1e-3, "fashion_lenet5": 2e-3}  # 4e-3 elsewhere
+KNOWN = {**NETS, **COMPRESSED}
 TWINS = ("fashion_mobilenet",)
 
 
-def _idx(split: str) -> tuple[np.ndarray, np.ndarray]:
+def _idx(source: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns the uint8 images (rows, 28, 28) and labels (rows,) of the dataset's own files, "train" or "t10k"."""
-    images = gzip.decompress((SOURCE / f"{split}-images-idx3-ubyte.gz").read_bytes())
-    labels = gzip.decompress((SOURCE / f"{split}-labels-idx1-ubyte.gz").read_bytes())
+    images = gzip.decompress((source / f"{split}-images-idx3-ubyte.gz").read_bytes())
+    labels = gzip.decompress((source / f"{split}-labels-idx1-ubyte.gz").read_bytes())
     return np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28), np.frombuffer(labels, np.uint8, offset=8)
 
 
-def data() -> dict[str, Path]:
+def data(prefix: str = "fashion", source: Path = SOURCE) -> dict[str, Path]:
     """Returns split -> .npz file with `image` (rows, 28, 28, 1) float32 in [0, 1] and, but for the first, `label`.
 
     The splits: `representative` (200 training images), `train` (55,000), `validation` (the other 5,000 training images,
     for choices that look at accuracy) and `test` (10,000).
     """
-    paths = {split: DATA / f"fashion_{split}.npz" for split in ("representative", "train", "validation", "test")}
+    paths = {split: DATA / f"{prefix}_{split}.npz" for split in ("representative", "train", "validation", "test")}
     if not all(path.is_file() for path in paths.values()):
         DATA.mkdir(parents=True, exist_ok=True)
-        (images, labels), (test_images, test_labels) = _idx("train"), _idx("t10k")
+        (images, labels), (test_images, test_labels) = _idx(source, "train"), _idx(source, "t10k")
         splits = {
             "train": (images[:-HELD_OUT], labels[:-HELD_OUT]),
             "validation": (images[-HELD_OUT:], labels[-HELD_OUT:]),
@@ -62,11 +64,11 @@ def data() -> dict[str, Path]:
     return paths
 
 
-def augmented(images: np.ndarray, labels: np.ndarray, epochs: int, seed: int = SEED):
+def augmented(images: np.ndarray, labels: np.ndarray, epochs: int, seed: int = SEED, augment: bool = True):
     """Returns a tf.data.Dataset of `epochs` shuffled passes over the images, mirrored and moved by up to 1 pixel."""
     import tensorflow as tf
 
-    def augment(batch, classes):
+    def change(batch, classes):
         count = tf.shape(batch)[0]
         mirrored = tf.random.uniform((count, 1, 1, 1)) < 0.5
         batch = tf.where(mirrored, batch[:, :, ::-1], batch)
@@ -74,7 +76,8 @@ def augmented(images: np.ndarray, labels: np.ndarray, epochs: int, seed: int = S
         return tf.pad(batch, ((0, 0), (1, 1), (1, 1), (0, 0)))[:, shift[0] :, shift[1] :][:, :28, :28], classes
 
     rows = tf.data.Dataset.from_tensor_slices((images, labels)).shuffle(len(images), seed=seed).repeat(epochs)
-    return rows.batch(BATCH, drop_remainder=True).map(augment).prefetch(4)
+    batches = rows.batch(BATCH, drop_remainder=True)
+    return (batches.map(change) if augment else batches).prefetch(4)
 
 
 def _train(name: str) -> None:
@@ -84,16 +87,16 @@ def _train(name: str) -> None:
     keras.utils.set_random_seed(SEED)
     paths = data()
     train, validation, test = ((x["image"], x["label"]) for x in (np.load(paths[s]) for s in list(paths)[1:]))
-    model = NETS[name](keras)
+    model = KNOWN[name](keras)
     print(f"{name}: {model.count_params():,} parameters", flush=True)
-    _fit(model, train, validation, EPOCHS[name], LEARNING_RATE.get(name, 4e-3))
+    fit(model, train, validation, EPOCHS[name], LEARNING_RATE.get(name, 4e-3))
     accuracy = model.evaluate(*test, batch_size=1000, verbose=0, return_dict=True)["accuracy"]
     model.save(CACHE / f"{name}.keras")
     model.export(CACHE / name, verbose=False)
     (CACHE / f"{name}.json").write_text(json.dumps({"accuracy": accuracy, "parameters": model.count_params()}))
 
 
-def _fit(model, train, validation, epochs: int, learning_rate: float) -> None:
+def fit(model, train, validation, epochs: int, learning_rate: float, augment: bool = True) -> None:
     """AdamW with one epoch of warm-up and a cosine to zero; Loshchilov and Hutter 2019."""
     import keras
 
@@ -107,7 +110,7 @@ def _fit(model, train, validation, epochs: int, learning_rate: float) -> None:
         metrics=["accuracy"],
         jit_compile=False,  # XLA is many times slower than oneDNN on a CPU
     )
-    rows = augmented(*train, epochs)
+    rows = augmented(*train, epochs, augment=augment)
     validate = {"validation_data": validation, "validation_batch_size": 1000}
     model.fit(rows, epochs=epochs, steps_per_epoch=steps, verbose=2, **validate)
 
@@ -128,9 +131,9 @@ def models(names: list[str] | None = None) -> dict[str, Path]:
     Raises:
         SystemExit: a name is unknown.
     """
-    unknown = sorted(set(names or ()) - set(NETS))
+    unknown = sorted(set(names or ()) - set(KNOWN))
     if unknown:
-        raise SystemExit(f"unknown model {', '.join(unknown)}; known: {', '.join(NETS)}")
+        raise SystemExit(f"unknown model {', '.join(unknown)}; known: {', '.join(KNOWN)}")
     for name in names or NETS:
         _train_in_child(name)
     return {name: CACHE / name for name in names or NETS}

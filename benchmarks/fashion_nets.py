@@ -1,4 +1,5 @@
-"""Four small image classifiers, (28, 28, 1) in [0, 1] to 10 classes, one of each family that quantizers meet.
+"""Small image classifiers, (28, 28, 1) in [0, 1] to 10 classes: NETS, one of each family that quantizers meet, and
+COMPRESSED, what the benchmark of compression trains beside them.
 
 Each takes the Keras module to build with: `keras` (3), or `tf_keras` (2) for tools that know no other.
 """
@@ -19,6 +20,8 @@ def _convolution(k: ModuleType, x, channels: int, size: int, stride: int, activa
     x = layers.BatchNormalization(momentum=0.95)(x)
     if activation == "relu6":
         return layers.ReLU(6.0)(x)
+    if activation == "relu":
+        return layers.ReLU()(x)
     if activation == "hard_swish":
         return _hard_swish(k, x)
     return x
@@ -106,9 +109,65 @@ def lstm(k: ModuleType):
     return k.Model(image, layers.Dense(CLASSES, activation="softmax", name="probabilities")(x))
 
 
+def resnet20(k: ModuleType):
+    """ResNet-20 for small images (He et al. 2016, section 4.2) at half the resolution, to train four times as fast.
+
+    Where the shape changes, a 1x1 convolution goes beside.
+    """
+    image = k.Input((28, 28, 1), name="image")
+    x = _convolution(k, image, 16, 3, 2, "relu")
+    for channels, first in ((16, 1), (32, 2), (64, 2)):
+        for stride in (first, 1, 1):
+            y = _convolution(k, x, channels, 3, stride, "relu")
+            y = _convolution(k, y, channels, 3, 1, None)
+            beside = x if x.shape == y.shape else _convolution(k, x, channels, 1, stride, None)
+            x = k.layers.ReLU()(k.layers.Add()([beside, y]))
+    x = k.layers.GlobalAveragePooling2D()(x)
+    return k.Model(image, k.layers.Dense(CLASSES, activation="softmax", name="probabilities")(x))
+
+
+def vgg(k: ModuleType):
+    """Few, wide 3x3 convolutions (Simonyan and Zisserman 2015) with batch norm."""
+    layers = k.layers
+    image = k.Input((28, 28, 1), name="image")
+    x = image
+    for channels, stride in ((32, 2), (64, 1), (64, 2), (128, 1)):
+        x = _convolution(k, x, channels, 3, stride, "relu")
+    x = layers.GlobalAveragePooling2D()(x)
+    return k.Model(image, layers.Dense(CLASSES, activation="softmax", name="probabilities")(x))
+
+
+def perceptron(k: ModuleType, widths: tuple[int, ...] = (1024, 1024), dropout: float = 0.2):
+    """Dense layers alone; with 300 and 100 units, LeNet-300-100 (LeCun et al. 1998)."""
+    layers = k.layers
+    image = k.Input((28, 28, 1), name="image")
+    x = layers.Flatten()(image)
+    for width in widths:
+        x = layers.Dropout(dropout)(layers.Dense(width, activation="relu")(x))
+    return k.Model(image, layers.Dense(CLASSES, activation="softmax", name="probabilities")(x))
+
+
+def lenet5(k: ModuleType, dropout: float = 0.2):
+    """LeNet-5 as Caffe has it: 431,080 parameters, the net of Han et al. 2015 and 2016."""
+    layers = k.layers
+    image = k.Input((28, 28, 1), name="image")
+    x = layers.MaxPooling2D()(layers.Conv2D(20, 5)(image))
+    x = layers.MaxPooling2D()(layers.Conv2D(50, 5)(x))
+    x = layers.Dense(500, activation="relu")(layers.Flatten()(x))
+    x = layers.Dropout(dropout)(x)
+    return k.Model(image, layers.Dense(CLASSES, activation="softmax", name="probabilities")(x))
+
+
 NETS: Mapping[str, Callable] = {
     "fashion_mobilenet": mobilenet,
     "fashion_se": squeeze_excite,
     "fashion_vit": vision_transformer,
     "fashion_lstm": lstm,
+}
+
+COMPRESSED: Mapping[str, Callable] = {
+    "fashion_resnet20": resnet20,
+    "fashion_vgg": vgg,
+    "fashion_mlp": perceptron,
+    "fashion_lenet5": lenet5,
 }
