@@ -96,9 +96,12 @@ def by_worth(
         factor = (scale or {}).get(channels.groups[index].name, 1.0)
         return factor * float(worth[going].sum()) / (now - after), index, after
 
-    def _going(index: int) -> np.ndarray:
-        classes, counts = order[index], choices[index]
-        return classes[len(classes) - counts[place[index]] : len(classes) - counts[place[index] + 1]]
+    def _going(index: int, ahead: int = 0) -> np.ndarray:
+        classes, counts, at = order[index], choices[index], place[index] + ahead
+        return classes[len(classes) - counts[at] : len(classes) - counts[at + 1]]
+
+    def _last(index: int) -> float:
+        return float(worth[_going(index, -1)].sum()) if place[index] else 0.0
 
     offers = [found for index in range(len(order)) if (found := offer(index))]
     heapq.heapify(offers)
@@ -116,4 +119,12 @@ def by_worth(
         following = offer(index)
         if following:
             heapq.heappush(offers, following)
+    for index in sorted(range(len(order)), key=lambda index: -_last(index)):  # the last step may have gone too far
+        while place[index]:
+            tried = kept.copy()
+            tried[_going(index, -1)] = True
+            if cost(tried) > target:
+                break
+            kept = tried
+            place[index] -= 1
     return kept

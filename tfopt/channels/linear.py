@@ -51,7 +51,13 @@ def _product(s: Spread, node: NodeDef) -> None:
             else:
                 s.role(ref, position, "scales" if label in result else "reads")
     s.result(node, tuple(joined[label] if label in joined else s.ids.fixed(1, "broadcast") for label in result))
-    s.product(node, list(sizes.values()), list(joined.values()), makes)
+    summed = [label for label in sides[0] if label in sides[1] and label not in result]
+    reads = None
+    if len(summed) == 1:
+        constant = 0 if s.constant_name(s.inputs(node)[0]) else 1
+        places = [side.index(summed[0]) for side in sides]
+        reads = s.inputs(node)[1 - constant], places[1 - constant], s.inputs(node)[constant], places[constant]
+    s.product(node, list(sizes.values()), list(joined.values()), makes, reads)
 
 
 def channel_axis(node: NodeDef, rank: int) -> int:
@@ -84,7 +90,8 @@ def _convolution(s: Spread, node: NodeDef) -> None:
     s.role(node.input[1], -1, "makes")
     _finish(s, node, x, channel, makes)
     sizes = [*_positions(s, node.name, channel), *(len(axis) for axis in w)]
-    s.product(node, sizes, [reads, makes], makes)
+    place = (node.input[0], channel, node.input[1], len(w) - 2) if groups == 1 else None
+    s.product(node, sizes, [reads, makes], makes, place)
 
 
 def _depthwise(s: Spread, node: NodeDef) -> None:
@@ -115,7 +122,9 @@ def _transposed(s: Spread, node: NodeDef) -> None:
     s.role(node.input[1], -2, "makes")
     _finish(s, node, x, channel, w[-2])
     resize(s, node, 0, {channel: w[-2]})
-    s.product(node, [*_positions(s, node.input[2], channel), *(len(axis) for axis in w)], [w[-1], w[-2]], w[-2])
+    sizes_of = [*_positions(s, node.input[2], channel), *(len(axis) for axis in w)]
+    place = (node.input[2], channel, node.input[1], len(w) - 1)
+    s.product(node, sizes_of, [w[-1], w[-2]], w[-2], place)
 
 
 def _positions(s: Spread, ref: str, channel: int) -> list[int | None]:

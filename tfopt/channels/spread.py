@@ -37,12 +37,14 @@ class Product:
       macs: multiply-accumulates at batch 1.
       axes: axes of channels; the cost is in proportion to each.
       makes: the axis of its result that its weights make; None where there is none.
+      reads: (reference of x, axis, name of the constant W, axis) where it sums over one axis of both.
     """
 
     node: str
     macs: int
     axes: tuple[np.ndarray, ...]
     makes: np.ndarray | None
+    reads: tuple[str, int, str, int] | None = None
 
 
 class Spread:
@@ -70,7 +72,10 @@ class Spread:
         self.unknown: dict[str, str] = {}
         self._types = tensors_at_batch_1(model)
         self._axes: dict[str, Axes | None] = {}
+        self._still: set[str] = set()  # computed from constants alone
         for node in self.graph.topological():
+            if self.graph.constant(node.name) is not None or self._of_constants(node):
+                self._still.add(node.name)
             self._visit(node)
         for label, ref in self.graph.outputs.items():
             self.pin(self.axes(ref), f"they are the output {label.partition(':')[2]!r} of the model")
@@ -81,6 +86,11 @@ class Spread:
         """The static shape of a reference at batch 1."""
         found = self._types.get(join(*split(ref)))
         return None if found is None else found[1]
+
+    def varies(self, ref: str) -> bool:
+        """Whether a tensor holds floats, or bools, that depend on the inputs of the model; shapes do not count."""
+        found = self._types.get(join(*split(ref)))
+        return split(ref)[0] not in self._still and (found is None or not found[0].is_integer)
 
     def axes(self, ref: str) -> Axes | None:
         """The ids of the axes of a reference; None where its rank is unknown."""
@@ -152,9 +162,20 @@ class Spread:
         if name is not None:
             self.roles[name, axis % len(self.constants[name])] = role
 
-    def product(self, node: NodeDef, sizes: list[int | None], axes: list[np.ndarray], makes: np.ndarray | None) -> None:
+    def product(
+        self,
+        node: NodeDef,
+        sizes: list[int | None],
+        axes: list[np.ndarray],
+        makes: np.ndarray | None,
+        reads: tuple[str, int, str, int] | None = None,
+    ) -> None:
         """Notes a linear op; sizes that are not known count as 1."""
-        self.products.append(Product(node.name, math.prod(size or 1 for size in sizes), tuple(axes), makes))
+        if reads is not None:
+            name = self.constant_name(reads[2])
+            reads = None if name is None else (join(*split(reads[0])), reads[1], name, reads[3])
+        macs = math.prod(size or 1 for size in sizes)
+        self.products.append(Product(node.name, macs, tuple(axes), makes, reads))
 
     def fixed(self, node: NodeDef, reason: str) -> None:
         """Gives every output of a node axes that stay as they are."""
@@ -187,6 +208,10 @@ class Spread:
                 self.unknown[node.name] = reason
             self.pin(axes, reason)
         self.fixed(node, reason)
+
+    def _of_constants(self, node: NodeDef) -> bool:
+        refs = self.inputs(node)
+        return node.op == "Const" or (bool(refs) and all(split(ref)[0] in self._still for ref in refs))
 
     def _constant(self, node: NodeDef) -> bool:
         value = self.graph.constant(node.name)

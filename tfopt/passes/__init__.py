@@ -19,7 +19,7 @@ from tfopt.model import Model
 from tfopt.variables import new_function_name
 
 MINIMIZE = ("bytes", "latency")
-QAT_ENGINES = ("graph", "tfmot")
+ENGINES = ("graph", "tfmot")
 # What a compression brings about that later passes must not undo: zeros, few distinct values, ranges of fake-quant ops.
 INVARIANTS = ("sparsity", "clusters", "ranges")
 
@@ -39,7 +39,7 @@ class Data:
       integer_outputs: whether device files are to have integer outputs.
       seed: of everything random.
       checkpoint: a directory of this pass's own, from which a killed run goes on; None where none was asked for.
-      qat: trains a quantized model in place of `train_quantized`, with its arguments; None where that does it itself.
+      engine: a `tfopt.tfmot.engine.Engine` that does the work of prune_magnitude, cluster and train_quantized; or None.
     """
 
     signature: str
@@ -52,7 +52,7 @@ class Data:
     integer_outputs: bool = False
     seed: int = 0
     checkpoint: Path | None = None
-    qat: Callable[..., None] | None = None
+    engine: Any = None
 
     def need_rows(self, name: str) -> Dataset:
         """The representative rows, or the labelled ones, for a pass that cannot do without.
@@ -202,7 +202,7 @@ NAMES = (
     *("prune_graph", "merge_duplicates", "fold_constants", "fold_shapes", "fold_affine"),
     *("equalize", "correct_bias", "quantize", "mixed_precision", "train_quantized"),
     *("bfloat16", "int8_weights", "binarize", "distill", "prune_magnitude", "cluster"),
-    *("compress_inputs", "compress_embeddings", "prune_channels", "low_rank"),
+    *("compress_inputs", "compress_embeddings", "prune_channels", "prune_layers", "low_rank"),
 )
 
 

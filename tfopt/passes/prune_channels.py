@@ -15,7 +15,9 @@ import numpy as np
 
 from tfopt import importance as worths
 from tfopt.channels.choose import by_worth, uniform
+from tfopt.channels.compensate import compensate
 from tfopt.channels.groups import Channels, masked
+from tfopt.channels.names import short
 from tfopt.channels.unshare import unshare
 from tfopt.errors import TfoptError
 from tfopt.model import Model
@@ -40,13 +42,10 @@ def run(
     scope: str = "global",
     round_to: int = 8,
     max_share: float = 0.8,
+    compensation: bool = True,
     steps: int = 1,
     step_epochs: int = 1,
-    epochs: int = OPTIONS["epochs"],
-    batch_size: int = OPTIONS["batch_size"],
-    learning_rate: float = OPTIONS["learning_rate"],
-    alpha: float = OPTIONS["alpha"],
-    temperature: float = OPTIONS["temperature"],
+    **training: Any,
 ) -> None:
     """Prunes channels, in place.
 
@@ -62,9 +61,11 @@ def run(
         "sensitivity" (global, with the worth of each layer scaled to the error that halving it alone brings).
       round_to: numbers of channels are multiples of this; smaller layers have smaller steps.
       max_share: the most of a layer that goes.
+      compensation: whether kernels that read channels that go are changed so that those that stay stand in for them,
+        where there are rows.
       steps: in how many rounds the target is reached, with training after each.
       step_epochs: of the training after every round but the last.
-      epochs, batch_size, learning_rate, alpha, temperature: of the last training, see `tfopt.training.Settings`.
+      **training: see `tfopt.recovery.OPTIONS`; the epochs are those of the last training.
 
     Raises:
       TfoptError: an option out of range, nothing that can go, or a target that cannot be reached.
@@ -83,11 +84,7 @@ def run(
     start, parameters = _cost(channels, target), channels.parameters(channels.everything())
     before = start(channels.everything())
     flops = 2 * channels.macs(channels.everything())
-    names = [group.name for group in channels.groups]
     sizes = {group.name: len(group.classes) for group in channels.groups}
-    options: dict[str, Any] = {
-        **{"batch_size": batch_size, "learning_rate": learning_rate, "alpha": alpha, "temperature": temperature}
-    }
     for step in range(1, steps + 1):
         wanted = before * (1 - share) ** (step / steps)
         if step > 1:
@@ -97,15 +94,17 @@ def run(
             worth = _worth(importance, channels, model, data)
             kept = _choose(channels, model, data, worth, scope, _cost(channels, target), wanted, round_to, max_share)
             _store(data, step, kept)
+        if compensation and rows is not None:
+            log.applied["kernel compensated"] += compensate(channels, model, data.signature, rows, kept)
         log.applied["channel"] += int(np.count_nonzero(~kept))
         channels.cut(model, kept)
         model.graph.sweep()
         last = step == steps
         title = "prune_channels" if last else f"prune_channels {step}"
-        recover(model, log, data, title, epochs=epochs if last else step_epochs, **options)
+        recover(model, log, data, title, **(training if last else {**training, "epochs": step_epochs}))
     channels = Channels(model)
     left = {group.name: len(group.classes) for group in channels.groups}
-    _report(log, names, sizes, left)
+    _report(log, sizes, left)
     after = _cost(channels, target)(channels.everything())
     log.notes.append(f"{flops:,.0f} FLOPs became {2 * channels.macs(channels.everything()):,.0f}")
     log.notes.append(f"{parameters:,} parameters became {channels.parameters(channels.everything()):,}")
@@ -186,9 +185,10 @@ def _store(data: Data, step: int, kept: np.ndarray) -> None:
         np.save(data.checkpoint / f"channels_{step}.npy", kept)
 
 
-def _report(log: Log, names: list[str], sizes: dict[str, int], left: dict[str, int]) -> None:
-    changed = [f"{name} {sizes[name]} -> {left.get(name, 1)}" for name in names if left.get(name, 1) < sizes[name]]
-    log.notes.append(f"channels left: {', '.join(changed)}")
+def _report(log: Log, sizes: dict[str, int], left: dict[str, int]) -> None:
+    names = short(list(sizes))
+    changed = [f"{names[name]} {size} -> {left.get(name, 1)}" for name, size in sizes.items()]
+    log.notes.append(f"channels of each layer: {', '.join(changed)}")
 
 
 PASS = Pass(
@@ -196,7 +196,7 @@ PASS = Pass(
     run,
     options={
         **{"target": "flops", "share": 0.5, "importance": "auto", "scope": "global", "round_to": 8, "max_share": 0.8},
-        **{"steps": 1, "step_epochs": 1},
+        **{"compensation": True, "steps": 1, "step_epochs": 1},
         **OPTIONS,
     },
     needs=("prune_graph",),
