@@ -86,12 +86,14 @@ def _below(model: Model, ref: str) -> str:
 
 
 def trainable_outputs(model: Model, signature: str, found: list[Head]) -> Model:
-    """A copy of a model whose signature gives just what the losses need, under the names of the outputs."""
+    """A copy of a model whose signature gives just what the losses need, under the names of the heads."""
     copy = model.copy()
     outputs = copy.signatures[signature].outputs
     for name in list(outputs):
         if name not in {head.output for head in found}:
             del outputs[name]
+    for head in found:
+        outputs[head.output].name = outputs[head.output].name or head.ref  # an inner tensor becomes an output
     kept = {label(signature, head.output, ""): head.ref for head in found}
     others = {key: ref for key, ref in copy.graph.outputs.items() if not key.startswith(f"{signature}:")}
     copy.graph.outputs = {**others, **kept}
@@ -180,7 +182,7 @@ def distillation(found: list[Head], labelled: Head | None, alpha: float, tempera
 
     Returns:
       (outputs, targets) -> (rows,) float32. `targets` holds the teacher's values by output, and where there are labels
-      "labels:" and "labelled:", a float32 vector that is 1 for rows with a label.
+      "labels:" and "labelled:", a float32 vector that is 1 for rows with a label; "alpha:" is an alpha for this batch.
     """
 
     def loss(outputs: Mapping[str, tf.Tensor], targets: Mapping[str, tf.Tensor]) -> tf.Tensor:
@@ -190,13 +192,18 @@ def distillation(found: list[Head], labelled: Head | None, alpha: float, tempera
             soft = _soft(head, student, targets[head.output], temperature) if taught else None
             if labelled is not None and labelled.output == head.output:
                 hard = _hard(labelled, student, targets["labels:"])
-                share = targets["labelled:"] * (alpha if taught else 1.0)
+                share = targets["labelled:"] * (targets.get("alpha:", alpha) if taught else 1.0)
                 soft = hard * share if soft is None else (1 - share) * soft + share * hard
             if soft is not None:
                 total += soft
         return total
 
     return loss
+
+
+def hint(student: tf.Tensor, teacher: tf.Tensor, variance: float) -> tf.Tensor:
+    """(v - s)^2 / var(v) of an inner tensor, the mean of each row: (rows,) float32."""
+    return _per_row(tf.math.squared_difference(tf.cast(student, tf.float32), tf.cast(teacher, tf.float32))) / variance
 
 
 def _soft(head: Head, student: tf.Tensor, teacher: tf.Tensor, temperature: float) -> tf.Tensor:

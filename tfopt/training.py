@@ -17,6 +17,7 @@ from tfopt.differentiable import differentiable
 from tfopt.errors import TfoptError
 from tfopt.function import Function
 from tfopt.invariants import hold
+from tfopt.lessons import Lesson, hints
 from tfopt.losses import (
     PROBABILITIES,
     VALUE,
@@ -30,7 +31,7 @@ from tfopt.losses import (
 )
 from tfopt.model import Model
 from tfopt.trainable import demote, promote
-from tfopt.training_loop import Schedule, Tensors, Transform, train
+from tfopt.training_loop import Schedule, Teaching, Tensors, Transform, train
 from tfopt.training_settings import History, Settings
 from tfopt.verify import input_specs
 
@@ -90,7 +91,8 @@ def fine_tune(
     made = set(chosen) - before
     try:
         found = heads(model, signature)
-        student = trainable_outputs(model, signature, found)
+        pairs = hints(teacher, model, signature, settings.hints)
+        student = trainable_outputs(model, signature, [*found, *(pair.student for pair in pairs)])
         function = differentiable(student, signature)
         missing = [name for name in chosen if name not in model.weights]
         if missing or not chosen:
@@ -114,7 +116,18 @@ def fine_tune(
             wanted["labels:"] = np.concatenate([np.zeros((rest, *values.shape[1:]), values.dtype), values])
             wanted["labelled:"] = np.repeat(np.array([0, 1], np.float32), [rest, len(labelled)])
         loss = distillation(found, labels, settings.alpha, settings.temperature, teacher is not None)
+        exam = loss
+        if settings.teacher_until < 1:  # in the end the labels count
+            exam = distillation(found, labels, 1.0, settings.temperature, teacher is not None)
         initial, keep = hold({name: model.weights[name] for name in chosen})
+        teaching = Teaching()
+        if settings.hints or settings.mixup or settings.teacher_until < 1:
+            own = {head.output: head for head in heads(teacher, signature, every=True)} if teacher else {}
+            asked = [own[head.output] for head in found if head.output in own]
+            some = data.take(slice(0, settings.batch_size))
+            lesson = Lesson(function, teacher, signature, asked, pairs, loss, settings, some)
+            teaching = Teaching(lesson, lesson.mix if settings.mixup else None)
+            initial |= lesson.regressors
 
         def whole(variables: Mapping[str, tf.Variable]) -> Tensors:
             kept = keep(variables)
@@ -127,10 +140,11 @@ def fine_tune(
             variables,
             data,
             wanted,
-            loss,
+            exam,
             settings,
             transform=whole,
             schedule=schedule,
+            teaching=teaching,
             checkpoint=checkpoint,
             fixed_batch=bool(size),
             title=title,

@@ -21,7 +21,7 @@ def test_it_recovers_without_labels(digits):
     worse = noised(net, "serving_default", 0.5)
     before = np.mean(graph_classes(worse, held) == truth)
     log = Log()
-    distill.run(worse, log, learning(net, train), epochs=8, batch_size=32)
+    distill.run(worse, log, learning(net, train), epochs=8, min_steps=0, batch_size=32)
     after, best = (np.mean(graph_classes(model, held) == truth) for model in (worse, net))
     assert before < best - 0.1
     assert after > best - 0.02
@@ -32,7 +32,7 @@ def test_it_recovers_without_labels(digits):
 def test_what_is_not_better_is_no_effect(digits):
     net, (train, *_) = digits
     model, log = net.copy(), Log()
-    distill.run(model, log, learning(net, train[:100]), epochs=1, learning_rate=30.0)
+    distill.run(model, log, learning(net, train[:100]), epochs=1, min_steps=0, learning_rate=30.0)
     assert not log.applied and len(log.notes) == 1
     assert all(np.array_equal(model.weights[name], weight) for name, weight in net.weights.items())
 

@@ -40,7 +40,15 @@ def run(model: Model, log: Log, data: Data, **training: Any) -> None:
 PASS = Pass(
     "distill",
     run,
-    options={**OPTIONS, "optimizer": "adam", "weight_decay": 1e-4, "patience": 3, "validation": 0.1, "max_steps": 0},
+    options={
+        **OPTIONS,
+        "optimizer": "adam",
+        "weight_decay": 1e-4,
+        "patience": 3,
+        "validation": 0.1,
+        "max_steps": 0,
+        "checkpoint_steps": 500,
+    },
     lossless=False,
     learns=True,
     keeps=("sparsity", "clusters"),
