@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import gc
+import hashlib
+import json
 import shutil
 import sys
 import time
@@ -146,7 +148,9 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         steps = tqdm(steps_wanted.steps, desc="passes", unit="pass", leave=False, disable=None)
         for position, (name, chosen) in enumerate(steps, 1):
             if options.checkpoint_dir:
-                data = dataclasses.replace(data, checkpoint=Path(options.checkpoint_dir) / f"{position:02}_{name}")
+                own = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
+                folder = Path(options.checkpoint_dir) / f"{position:02}_{name}" / own  # other options start anew
+                data = dataclasses.replace(data, checkpoint=folder)
             if passes.get(name).files and not set(passes.get(name).files) & set(emit.files(options)):
                 report.steps.append(_left_out(optimized, name, chosen))
                 continue
