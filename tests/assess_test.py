@@ -53,6 +53,17 @@ def test_an_equal_artifact_is_measured_and_kept(job, tmp_path):
     assert artifact.parameters <= original.parameters and artifact.flops == original.flops
 
 
+def test_weights_are_looked_into_where_they_are_few_or_zeros(job, tmp_path):
+    few = _emit(tmp_path / "few", lambda w: np.where(w < 0, np.float32(0), np.float32(0.5)))
+    original, artifact, other = assess(
+        job, [Artifact("a", "saved_model", few), Artifact("b", "saved_model", "", rejected="no")]
+    )
+    assert 0 <= original.zeros < artifact.zeros < 0.1 and other.zeros is None
+    assert original.entropy_bytes > artifact.entropy_bytes + 2000  # 640 weights of one bit each
+    original, artifact = assess(job, [Artifact("a", "saved_model", _emit(tmp_path / "same", lambda w: w))])
+    assert original.zeros is None and artifact.entropy_bytes is None
+
+
 def test_a_serving_model_that_differs_is_rejected(job, tmp_path):
     path = _emit(tmp_path / "b", lambda w: -w)
     _, serving, other = assess(job, [Artifact("serving", "saved_model", path), Artifact("other", "saved_model", path)])

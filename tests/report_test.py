@@ -291,6 +291,14 @@ def test_the_table_shows_all_numbers_together():
     assert len({len(line) for line in artifacts}) == 1  # aligned
 
 
+def test_what_is_in_the_weights_is_shown_where_it_is_known():
+    report = sample()
+    assert "entropy" not in report.table() + report.html()
+    report.artifacts[-1].zeros, report.artifacts[-1].entropy_bytes = 0.8125, 12_345
+    for drawn in (report.table(), report.html()):
+        assert "weights: 81.2% zeros; 12.3 KB if each tensor were coded by its entropy" in drawn
+
+
 def test_different_sample_counts_are_shown_with_each_value():
     report = sample()
     report.artifacts[1].accuracy = Metric("auc", 0.91512, 400)

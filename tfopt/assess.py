@@ -15,6 +15,7 @@ from tfopt.data import Dataset, batch_size
 from tfopt.errors import TfoptError
 from tfopt.report import Artifact
 from tfopt.verify import Difference, difference, worst
+from tfopt.weight_statistics import arrays_of, is_compressed, statistics
 
 _EVALUATION_BATCH = 32
 _SCORES = "class scores of the evaluation rows"  # no signature is called that
@@ -88,6 +89,7 @@ def assess(job: Assessment, artifacts: list[Artifact]) -> list[Artifact]:
                 artifact.rejected = (
                     f"{job.metric} falls by {lost:.6g}, more than --max_accuracy_drop={job.max_accuracy_drop:g}"
                 )
+    _look_into_weights(everything)
     if job.latency:
         _time(job, [a for a in runnable if not a.rejected])
     return everything
@@ -112,6 +114,19 @@ def _fill(job: Assessment, artifact: Artifact, expected: dict[str, dict[str, np.
         if job.evaluation is not None and job.signature in program.signatures:
             _score(job, artifact, program, expected)
     return True
+
+
+def _look_into_weights(artifacts: list[Artifact]) -> None:
+    """Zeros and entropy of all artifacts, where one of those that were made is sparse or clustered."""
+    there = [artifact for artifact in artifacts if not artifact.rejected]
+    try:
+        if any(is_compressed(arrays_of(artifact.path)) for artifact in there[1:]):
+            for artifact in there:
+                found = statistics(arrays_of(artifact.path))
+                artifact.zeros = found.zeros / max(found.elements, 1)
+                artifact.entropy_bytes = found.coded_bytes
+    except TfoptError as error:
+        logging.warning("weights were not counted: %s", error)
 
 
 def _compare_outputs(

@@ -86,6 +86,8 @@ class Artifact:
         max_rel_error: max|a - b| / max|original| per output; the worst output.
         agreement: share of rows with the same top class as the original, where the output is a class score.
         rejected: why it was not emitted (accuracy bar, missing kernel, crash), else None.
+        zeros: share of the weights that are 0; of runs with a sparse or clustered model.
+        entropy_bytes: what its weights would take, each tensor coded by its zero-order entropy; of such runs as well.
     """
 
     name: str
@@ -104,6 +106,8 @@ class Artifact:
     peak_memory_bytes: int | None = None
     rejected: str | None = None
     notes: list[str] = field(default_factory=list)
+    zeros: float | None = None
+    entropy_bytes: int | None = None
 
 
 @dataclass

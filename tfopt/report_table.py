@@ -130,6 +130,7 @@ def _artifacts(report: Report) -> list[str]:
         out.append(line)
         if artifact.rejected:
             out += _wrap(f"REJECTED: {artifact.rejected}", "    ")
+        out += _wrap(contents, "    ") if (contents := words.weights(artifact)) else []
         out += [line for note in artifact.notes for line in _wrap(f"note: {note}", "    ")]
     return out
 

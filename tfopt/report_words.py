@@ -71,6 +71,15 @@ def quality(metric: Metric | None) -> str:
     )
 
 
+def weights(artifact: Artifact) -> str:
+    """Returns what is in the weights of a sparse or clustered artifact; empty where that was not looked at."""
+    if artifact.zeros is None or artifact.entropy_bytes is None:
+        return ""
+    return (
+        f"weights: {artifact.zeros:.1%} zeros; {size(artifact.entropy_bytes)} if each tensor were coded by its entropy"
+    )
+
+
 def percent_of(value: float | None, reference: float | None) -> str:
     """Returns a size as a percentage of a reference."""
     if not value or not reference:

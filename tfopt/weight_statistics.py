@@ -16,6 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from tfopt.errors import TfoptError
+from tfopt.invariants import clusters, is_sparse
+
+_SAMPLE = 1 << 26  # elements of a larger array that are looked at, evenly spaced
 
 
 class Statistics(NamedTuple):
@@ -39,8 +42,8 @@ def statistics(arrays: Iterable[np.ndarray]) -> Statistics:
     """Counts arrays of numbers, each by itself, and adds up."""
     total = Statistics(0, 0, 0, 0.0, 0)
     for array in arrays:
-        _, counts = np.unique(array, return_counts=True)
-        share = counts / max(array.size, 1)
+        _, counts = np.unique(array.ravel()[:: -(-array.size // _SAMPLE) or 1], return_counts=True)
+        share = counts / max(counts.sum(), 1)
         bits = float(-array.size * np.sum(share * np.log2(share)))
         coded = min(bits / 8 + len(counts) * array.itemsize, array.nbytes)
         total = Statistics(
@@ -51,6 +54,11 @@ def statistics(arrays: Iterable[np.ndarray]) -> Statistics:
             total.coded_bytes + math.ceil(coded),
         )
     return total
+
+
+def is_compressed(arrays: Iterable[np.ndarray]) -> bool:
+    """Whether one of them is a sparse or a clustered kernel; integers, which always have few values, do not tell."""
+    return any(a.dtype.kind == "f" and (is_sparse(a) or clusters(a) is not None) for a in arrays)
 
 
 def arrays_of(path: str | Path) -> Iterator[np.ndarray]:
@@ -66,7 +74,7 @@ def arrays_of(path: str | Path) -> Iterator[np.ndarray]:
         if Path(path).is_file():
             from tfopt.export.tflite_file import TfliteFile
 
-            yield from TfliteFile(path).constants()
+            yield from (array for _, array in TfliteFile(path).constants())
         else:
             yield from _of_saved_model(Path(path))
     except (OSError, ValueError, KeyError) as error:

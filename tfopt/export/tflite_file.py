@@ -85,20 +85,26 @@ class TfliteFile:
             for tensor in subgraph.tensors
         )
 
-    def constants(self) -> Iterator[np.ndarray]:
-        """Yields the weights: constants with an axis that are float or have a scale; 4 bits come as int8."""
-        seen = set()
+    def constants(self) -> list[tuple[set[str], np.ndarray]]:
+        """Returns the weights (constants with an axis that are float or have a scale), each with the tensors it is.
+
+        Those of 4 bits come as int8.
+        """
+        named: dict[int, set[str]] = {}
+        arrays: dict[int, np.ndarray] = {}
         for subgraph in self._model.subgraphs:
             for tensor in subgraph.tensors:
-                data, kind, found = self._model.buffers[tensor.buffer].data, _TYPES[tensor.type], self._tensor(tensor)
-                weight = found.shape and (found.quantized or kind in _FLOATS)
-                if data is None or not weight or kind not in _DTYPES or tensor.buffer in seen:
+                data, found = self._model.buffers[tensor.buffer].data, self._tensor(tensor)
+                if data is None or found.type not in _DTYPES or not found.shape:
                     continue
-                seen.add(tensor.buffer)
-                raw = np.frombuffer(bytes(data), _DTYPES[kind])
-                if kind == "INT4":  # two a byte, the first in the lower half
+                if not (found.quantized or found.type in _FLOATS):
+                    continue
+                raw = np.frombuffer(bytes(data), _DTYPES[found.type])
+                if found.type == "INT4":  # two a byte, the first in the lower half
                     raw = np.stack([np.left_shift(raw, 4) >> 4, raw >> 4], 1).ravel()[: math.prod(found.shape)]
-                yield raw.reshape(found.shape)
+                named.setdefault(tensor.buffer, set()).add(found.name)
+                arrays[tensor.buffer] = raw.reshape(found.shape)
+        return [(names, arrays[buffer]) for buffer, names in named.items()]
 
     def float_ops(self) -> dict[str, int]:
         """Returns the ops that compute in float, with their number."""
