@@ -15,6 +15,7 @@ REQUIRES = [
     "litert-quantizer>=0.11,<0.12",
     "numpy>=2,<3",
     "protobuf>=6.31.1,<7",
+    "scipy>=1.17,<2",
     "setuptools<81",  # pkg_resources, which parts of TensorFlow's tooling still import
     "tensorflow>=2.21,<2.22",
     "tqdm>=4.60,<5",
@@ -23,10 +24,11 @@ EXTRAS = {
     # Models saved by Keras 2, and the TensorFlow Model Optimization Toolkit, which works on those only.
     "keras2": ["tensorflow-model-optimization>=0.8,<0.9", "tf-keras>=2.21,<2.22"],
     "serving": ["tensorflow-serving-api>=2.21,<2.22"],
+    "low_rank": ["tensorly>=0.10,<0.11"],  # Tucker and CP factors of convolutions; SVD needs none
     "digits": ["scikit-learn>=1.5,<2"],  # the data of pipelines/train_digits.py
 }
 # A formatter or a type checker of another version finds other faults: these two are pinned.
-EXTRAS["test"] = [*EXTRAS["digits"], "mypy==2.4.1", "pytest>=8,<10", "ruff==0.17.6"]
+EXTRAS["test"] = [*EXTRAS["digits"], *EXTRAS["low_rank"], "mypy==2.4.1", "pytest>=8,<10", "ruff==0.17.6"]
 
 COMMANDS = [
     "tfopt-optimize = pipelines.optimize:run",
