@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import flatbuffers
 import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 
 from tfopt import runtime
-from tfopt.export.tflite_names import shorten
+from tfopt.export.tflite_names import shorten, unpack
 
 NAMES = ("kws_ref_model.tflite", "kws_ref_model_float32.tflite")
 
@@ -33,3 +34,29 @@ def test_weights_are_aligned_and_names_unique(shared):
     assert starts and all(start % 16 == 0 for start in starts)
     tensors = schema.ModelT.InitFromPackedBuf(short, 0).subgraphs[0].tensors
     assert len({tensor.name for tensor in tensors}) == len(tensors)
+
+
+def test_weights_behind_the_flatbuffer_come_in(shared):
+    content = (shared / "models/kws-ds-cnn" / NAMES[1]).read_bytes()
+    want = [buffer.data for buffer in unpack(content).buffers]
+    model = unpack(content)
+    behind = b""
+    for written in (False, True):  # as litert-quantizer does: offsets of the same length first
+        start = -(-len(_packed(model)) // 16) * 16 if written else 16
+        behind = b""
+        for buffer, data in zip(model.buffers, want, strict=True):
+            if data is not None:
+                buffer.data, buffer.offset, buffer.size = None, start + len(behind), len(data)
+                behind += np.asarray(data, np.uint8).tobytes() + b"\0" * (-len(data) % 16)
+    head = _packed(model)
+    outside = head + b"\0" * (-len(head) % 16) + behind
+    got = [buffer.data for buffer in unpack(outside).buffers]
+    for expected, received in zip(want, got, strict=True):
+        assert (expected is None) == (received is None) and (expected is None or np.array_equal(expected, received))
+    assert shorten(outside) == shorten(content)
+
+
+def _packed(model) -> bytes:
+    builder = flatbuffers.Builder(1 << 20)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())

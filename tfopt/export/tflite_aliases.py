@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tfopt.export.tflite_names import pack
+from tfopt.export.tflite_names import pack, unpack
 
 
 def find(saved_model: str | Path) -> dict[str, str]:
@@ -40,7 +40,7 @@ def add(path: str | Path, aliases: Mapping[str, str]) -> None:
     """Adds names to the signatures of a .tflite file, in place; those whose original the file lacks are left out."""
     from ai_edge_litert import schema_py_generated as schema
 
-    model = schema.ModelT.InitFromPackedBuf(Path(path).read_bytes(), 0)
+    model = unpack(Path(path).read_bytes())
     present = {definition.signatureKey.decode(): definition for definition in model.signatureDefs or []}
     for alias, original in sorted(aliases.items()):
         if original in present and alias not in present:

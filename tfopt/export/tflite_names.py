@@ -29,9 +29,7 @@ def shorten(content: bytes) -> bytes:
     """
     if len(content) > _LARGEST:
         return content
-    model = schema.ModelT.InitFromPackedBuf(content, 0)
-    if any(buffer.offset for buffer in model.buffers):
-        return content  # the data lies outside of the flatbuffer
+    model = unpack(content)
     keys = {each.subgraphIndex: each.signatureKey.decode() for each in model.signatureDefs or []}
     used: set[str] = set()
     for number, subgraph in enumerate(model.subgraphs):
@@ -47,6 +45,19 @@ def shorten(content: bytes) -> bytes:
         if number:
             subgraph.name = f"subgraph{number}"
     return pack(model, len(content))
+
+
+def unpack(content: bytes) -> Any:
+    """Reads a .tflite file (into a ModelT of the TFLite schema).
+
+    litert-quantizer may write weights behind the flatbuffer, where the generated code does not look for them.
+    """
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    for buffer in model.buffers:
+        if buffer.offset > 1:
+            buffer.data = np.frombuffer(content, np.uint8, buffer.size, buffer.offset)
+            buffer.offset = buffer.size = 0
+    return model
 
 
 def pack(model: Any, size: int = 1 << 20) -> bytes:
