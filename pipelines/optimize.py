@@ -54,11 +54,13 @@ flags.DEFINE_enum(
     "minimize", "bytes", ["bytes", "latency"], "What recipes that search make least within --max_accuracy_drop."
 )
 flags.DEFINE_enum(
-    "qat_engine",
+    "engine",
     "graph",
     ["graph", "tfmot"],
-    "What recipe qat_int8 trains: the graph of any model, or by TFMOT one that is still Keras 2 (docs/training.md).",
+    "What prunes, clusters and trains quantized models: tfopt, the graph of any model; or TFMOT, one that is still of "
+    "Keras 2 (docs/training.md).",
 )
+flags.DEFINE_alias("qat_engine", "engine")  # its name while it was for quantization alone
 flags.DEFINE_list("signatures", None, "Signatures to keep; all where not given.")
 flags.DEFINE_integer("seed", 0, "Of everything random.")
 flags.DEFINE_string(
@@ -130,7 +132,7 @@ def main(argv: Sequence[str]) -> int:
             label=FLAGS.label,
             max_accuracy_drop=FLAGS.max_accuracy_drop,
             minimize=FLAGS.minimize,
-            qat_engine=FLAGS.qat_engine,
+            engine=FLAGS.engine,
             signatures=names(FLAGS.signatures),
             seed=FLAGS.seed,
             checkpoint_dir=FLAGS.checkpoint_dir,

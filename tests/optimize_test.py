@@ -108,7 +108,7 @@ def test_versions_stand_beside_each_other_and_overwriting_is_asked_for(built, tm
         ({"max_accuracy_drop": 0.1}, "--max_accuracy_drop needs --eval_data"),
         ({"version": 0}, "--version"),
         ({"io_type": "int4"}, "--io_type"),
-        ({"qat_engine": "nope"}, "--qat_engine: choose from graph, tfmot"),
+        ({"engine": "nope"}, "--engine: choose from graph, tfmot"),
         ({"serving_tflite": True}, "--serving_tflite needs a quantized file"),
         ({"signatures": ("nope",)}, "has no signature 'nope'"),
         ({"representative_data": "/none.npz"}, "/none.npz"),

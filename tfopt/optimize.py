@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from tfopt import distribution, emit, metrics, passes, recipe, runtime, sources, tfmot_route
+from tfopt import distribution, emit, metrics, passes, recipe, runtime, sources
 from tfopt.assess import Assessment, assess
 from tfopt.environment import describe
 from tfopt.errors import TfoptError, one_line
@@ -28,6 +28,7 @@ from tfopt.publish import Workspace
 from tfopt.report import Refusal, Report, Step
 from tfopt.rewrite import Log
 from tfopt.run_data import evaluation_rows, learning_data, main_signature
+from tfopt.tfmot import check as tfmot
 from tfopt.verify import Verifier
 
 
@@ -50,7 +51,7 @@ class Options:
     label: str = "label"
     max_accuracy_drop: float | None = None
     minimize: str = "bytes"
-    qat_engine: str = "graph"
+    engine: str = "graph"
     signatures: tuple[str, ...] | None = None
     seed: int = 0
     checkpoint_dir: str | None = None
@@ -334,10 +335,10 @@ def _check(options: Options, steps: recipe.Recipe) -> None:
         raise TfoptError("--max_accuracy_drop needs --eval_data: there is nothing to measure accuracy on")
     if options.minimize not in passes.MINIMIZE:
         raise TfoptError(f"--minimize: choose from {', '.join(passes.MINIMIZE)}; received {options.minimize!r}")
-    if options.qat_engine not in passes.QAT_ENGINES:
-        raise TfoptError(f"--qat_engine: choose from {', '.join(passes.QAT_ENGINES)}; received {options.qat_engine!r}")
-    if options.qat_engine != "graph":
-        tfmot_route.check([name for name, _ in steps.steps])
+    if options.engine not in passes.ENGINES:
+        raise TfoptError(f"--engine: choose from {', '.join(passes.ENGINES)}; received {options.engine!r}")
+    if options.engine != "graph":
+        tfmot.check(steps.steps, options.strategy)
     if options.serving_tflite and options.tflite == ():
         raise TfoptError("--serving_tflite needs a quantized file: name one, such as --tflite=dynamic_int8")
     if options.version < 1:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from absl import logging
 
-from tfopt import metrics, passes, tfmot_route
+from tfopt import metrics, passes
 from tfopt.data import Dataset, batch_size, load
 from tfopt.errors import TfoptError
 from tfopt.function import Function
 from tfopt.model import Model
+from tfopt.tfmot.engine import Engine
 from tfopt.verify import features, input_specs
 
 if TYPE_CHECKING:
@@ -72,9 +73,7 @@ def learning_data(model: Model, evaluation: Dataset | None, source: str | Path, 
         minimize=options.minimize,
         integer_outputs=options.io_type == "int8" or options.all_integer,
         seed=options.seed,
-        qat=None
-        if options.qat_engine == "graph"
-        else tfmot_route.trainer(source, options.allow_unsafe_deserialization),
+        engine=None if options.engine == "graph" else Engine(source, options.allow_unsafe_deserialization),
     )
 
 

@@ -54,7 +54,7 @@ def test_every_flag_reaches_its_option(run, monkeypatch):
         "seed": 7, "version": 3, "io_type": "int8", "max_constant_bytes": 9, "threads": 1, "inputs": ("x",),
         "outputs": ("y", "z"), "overwrite": True, "keep_batch": True, "allow_select_tf_ops": True,
         "allow_unsafe_deserialization": True, "measure_latency": False, "labels": "t.npz", "minimize": "latency",
-        "qat_engine": "tfmot", "runtime": "tflite-2.14", "all_integer": True, "serving_tflite": True,
+        "engine": "tfmot", "runtime": "tflite-2.14", "all_integer": True, "serving_tflite": True,
         "strategy": "mirrored", "checkpoint_dir": "c",
     }  # fmt: skip
     arguments = [f"--{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in wanted.items()]

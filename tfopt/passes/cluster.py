@@ -71,6 +71,9 @@ def run(
       TfoptError: an option out of range, `skip` matches nothing, nothing can be clustered.
     """
     _check(clusters, init, granularity, weighting)
+    if data.engine is not None:
+        data.engine.cluster(model, log, data, clusters, init, granularity, skip, embeddings, {**OPTIONS, **training})
+        return
     graph = model.graph
     before = set(model.weights)
     trainable = {name for signature in model.signatures for name in promote(model, signature)}

@@ -82,6 +82,10 @@ def run(
         timing = Timing(schedule, begin, end, frequency)
     except TfoptError as error:
         raise TfoptError(f"prune_magnitude: {error}") from error
+    if data.engine is not None:
+        settings, options = (begin, end, frequency, skip, embeddings), {**recovery.OPTIONS, **training}
+        data.engine.prune(model, log, data, sparsity, pattern, schedule, *settings, options)
+        return
     promoted = promote(model, data.signature)
     try:
         found = kernels(model, promoted)

@@ -43,10 +43,9 @@ def run(
       TfoptError: no rows, nothing to quantize, nothing to train.
     """
     rows = data.need_rows("train_quantized")
-    if data.qat is not None:
-        if calibrator != "best":
-            log.notes.append(f"calibrator={calibrator} is not used: TFMOT has its own ranges")
-        data.qat(model, log, data, bits, epochs, batch_size, learning_rate, alpha)
+    if data.engine is not None:
+        training = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "alpha": alpha}
+        data.engine.train_quantized(model, log, data, training)
         return
     few = rows.take(slice(0, None, max(len(rows) // _ROWS, 1)))
     quantized, _ = calibrate(model, log, data.signature, few, bits, calibrator, data.integer_outputs)

@@ -10,11 +10,12 @@ from absl.testing import flagsaver
 from ai_edge_litert.interpreter import Interpreter
 
 from tests.conftest import REPO
-from tfopt import runtime, tfmot_route
+from tfopt import runtime
 from tfopt.child import Child, ChildError
 from tfopt.errors import TfoptError
 from tfopt.optimize import Options, optimize
 from tfopt.recipe import NAMED
+from tfopt.tfmot.check import check
 
 pytest.importorskip("tensorflow_model_optimization", reason="TFMOT is the extra keras2")
 
@@ -99,7 +100,7 @@ def run(keras2, tmp_path, model, rows="images.npz", **changed):
     quick = {"pass": "train_quantized", "epochs": 2, "batch_size": 16, **changed.pop("settings", {})}
     recipe.write_text(json.dumps({"passes": [*NAMED["lossless"]["passes"], quick], "tflite": ["int8"]}))
     chosen = {"representative_data": str(keras2 / rows), "measure_latency": False, **changed}
-    chosen = {"recipe": str(recipe), "qat_engine": "tfmot", **chosen}
+    chosen = {"recipe": str(recipe), "engine": "tfmot", **chosen}
     result = optimize(keras2 / model, tmp_path / "out", Options(**chosen))
     return result, {artifact.name: artifact for artifact in result.report.artifacts}
 
@@ -142,9 +143,13 @@ def test_outputs_keep_their_names(keras2, tmp_path):
     assert not result.failed and artifacts["int8"].max_rel_error < 0.1
 
 
+def rows(model):
+    return np.ones((8, *((5, 4) if model == "lstm.h5" else (4,))), np.float32)
+
+
 @pytest.fixture(scope="module")
 def child():
-    with Child("tfopt.tfmot_worker:worker", {"TF_USE_LEGACY_KERAS": "1"}) as child:
+    with Child("tfopt.tfmot.worker:worker", {"TF_USE_LEGACY_KERAS": "1"}) as child:
         yield child
 
 
@@ -163,13 +168,22 @@ def child():
 )
 def test_what_tfmot_refuses_ends_in_a_line(model, reason, keras2, child):
     job = {"source": str(keras2 / model), "allow_unsafe": False, "seed": 0, "main": "s", "ends": {"s": (["x"], ["y"])}}
+    job |= {
+        "task": "quantize",
+        "options": {},
+        "state": None,
+        "rows": {"x": rows(model)},
+        "labelled": None,
+        "labels": None,
+    }
+    job |= {"epochs": 1, "batch_size": 8, "learning_rate": 1e-4, "alpha": 0.5, "destination": str(keras2 / "none")}
     with pytest.raises(ChildError) as raised:
         child.ask(job, 60)
     assert reason in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_refusal_leaves_nothing_behind(keras2, tmp_path):
-    with pytest.raises(TfoptError, match=r"^--qat_engine=tfmot: .*\(Lambda\).*--qat_engine=graph"):
+    with pytest.raises(TfoptError, match=r"^--engine=tfmot: .*\(Lambda\).*--engine=graph"):
         run(keras2, tmp_path, "code", "rows.npz")
     assert not (tmp_path / "out").exists()
 
@@ -177,9 +191,10 @@ def test_a_refusal_leaves_nothing_behind(keras2, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"settings": {"bits": 4}}, "trains 8-bit weights; received bits=4"),
+        ({"settings": {"bits": 4}}, "TFMOT has train_quantized with bits=8; received 4"),
+        ({"strategy": "mirrored"}, "leave out --strategy"),
         ({"labels": "wrong.npz"}, "labels go from 9 to 9, and its output has 4 classes"),
-        ({"recipe": "device_int8"}, "--qat_engine=tfmot goes with a recipe that has the pass train_quantized"),
+        ({"recipe": "device_int8"}, "--engine=tfmot goes with a recipe that has one of the passes prune_"),
     ],
 )
 def test_wrong_use_ends_in_a_line(changed, message, keras2, tmp_path):
@@ -192,7 +207,7 @@ def test_wrong_use_ends_in_a_line(changed, message, keras2, tmp_path):
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(TfoptError, match="pip install 'tfopt\\[keras2\\]'"):
-        tfmot_route.check(["train_quantized"])
+        check([("train_quantized", {})])
 
 
 @pytest.mark.slow
@@ -208,7 +223,7 @@ def test_the_keyword_model_by_its_flags(shared, tmp_path, capsys):
         "model": shared / "models" / "kws-ds-cnn" / "saved_model",
         "output_dir": tmp_path / "out",
         "recipe": "qat_int8",
-        "qat_engine": "tfmot",
+        "engine": "tfmot",
         "representative_data": tmp_path / "rows.npz",
         "eval_data": tmp_path / "eval.npz",
         "max_accuracy_drop": 0.01,
@@ -218,3 +233,38 @@ def test_the_keyword_model_by_its_flags(shared, tmp_path, capsys):
         assert script.main(["tfopt-optimize"]) == 0
     assert "trained by TFMOT" in " ".join(capsys.readouterr().out.split())
     assert (tmp_path / "out" / "device" / "int8.tflite").stat().st_size < 36_000
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([("prune_channels", {}), ("train_quantized", {})], "TFMOT has no prune_channels; --engine=graph does"),
+        (
+            [("bfloat16", {}), ("cluster", {})],
+            "bfloat16 stands before cluster, which starts from the Keras model again",
+        ),
+        ([("prune_magnitude", {"scope": "global"})], "TFMOT has prune_magnitude with scope=layer; received global"),
+        ([("cluster", {"init": "optimal"})], "init=linear or density or kmeans++; received optimal"),
+        ([("cluster", {"weighting": "fisher"})], "which --engine=graph has"),
+    ],
+)
+def test_what_tfmot_does_not_have_is_refused_when_it_is_read(steps, message):
+    with pytest.raises(TfoptError) as raised:
+        check(steps)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [
+            ("fold_affine", {}),
+            ("prune_magnitude", {"pattern": "2:4"}),
+            ("cluster", {"init": "linear"}),
+            ("quantize", {}),
+        ],
+        [("prune_magnitude", {}), ("train_quantized", {"bits": 8}), ("int8_weights", {})],
+    ],
+)
+def test_what_tfmot_has_is_not(steps):
+    check(steps)
