@@ -15,6 +15,7 @@ from tfopt.function import Function
 from tfopt.model import Model
 from tfopt.passes import Data, cluster
 from tfopt.rewrite import Log
+from tfopt.weight_statistics import statistics
 
 RANDOM = np.random.default_rng(0)
 
@@ -145,6 +146,15 @@ def test_importance_keeps_what_matters(tmp_path):
     assert distance(weighted) < distance(plain)
 
 
+def test_entropy_makes_what_is_stored_smaller(tmp_path):
+    model = build(tmp_path)
+    plain, coded = model.copy(), model.copy()
+    run(plain)
+    run(coded, entropy=2.0)
+    one, two = (statistics([kernels(each)[DENSE]]).bits for each in (plain, coded))
+    assert two < 0.95 * one
+
+
 def test_the_same_seed_gives_the_same(tmp_path):
     model = build(tmp_path)
     other = model.copy()
@@ -161,6 +171,7 @@ def test_the_same_seed_gives_the_same(tmp_path):
         ({"init": "forgy"}, "'init' is one of optimal, linear, density, kmeans"),
         ({"granularity": "row"}, "'granularity' is one of tensor, channel"),
         ({"weighting": "hessian"}, "'weighting' is one of none, fisher"),
+        ({"entropy": -1.0}, "'entropy' must be from 0 to 100"),
         ({"skip": "nothing"}, "matches no node"),
         ({"skip": "("}, "no regular expression"),
         ({"skip": ".*"}, "as skip wants it"),

@@ -10,8 +10,9 @@ Int8 files keep the clusters by one scale for a whole kernel (`tfopt.fake_quant`
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from tfopt.errors import TfoptError
 from tfopt.fisher import fisher
 from tfopt.graph import Graph
 from tfopt.invariants import is_sparse
-from tfopt.kmeans import STARTS, assign, kmeans
+from tfopt.kmeans import STARTS, Codebook, kmeans
 from tfopt.model import Model
 from tfopt.passes import Data, Pass
 from tfopt.recovery import OPTIONS, recover
@@ -31,6 +32,8 @@ from tfopt.weight_statistics import statistics
 
 GRANULARITIES = ("tensor", "channel")
 WEIGHTINGS = ("none", "fisher")
+
+Book = Callable[..., Codebook]
 
 _LEAST = 8  # weights for each centroid: with fewer there is little to gain, and much to lose
 _SAMPLE = 1 << 22  # of a larger table the centroids come from so many elements, evenly spaced
@@ -46,6 +49,7 @@ def run(
     init: str = "optimal",
     granularity: str = "tensor",
     weighting: str = "none",
+    entropy: float = 0.0,
     skip: str = "",
     depthwise: bool = False,
     embeddings: bool = False,
@@ -61,6 +65,8 @@ def run(
       init: how k-means begins, of `tfopt.kmeans.STARTS`.
       granularity: "tensor", or "channel": each output channel has values of its own.
       weighting: "fisher" makes the error of a weight count by how much the outputs change with it.
+      entropy: what a bit of a weight's code is worth, as a share of the error that k-means leaves (l of
+        `tfopt.kmeans`): with 1, what is stored is some 8% smaller, and the error a seventh larger.
       skip: regular expression; a kernel stays as it is where it matches, from the start, its name or that of a node
         that reads it.
       depthwise: whether kernels of depthwise convolutions are clustered too: they are small, and their channels differ.
@@ -70,7 +76,10 @@ def run(
     Raises:
       TfoptError: an option out of range, `skip` matches nothing, nothing can be clustered.
     """
-    _check(clusters, init, granularity, weighting)
+    _check(clusters, init, granularity, weighting, entropy)
+    if data.engine is not None:
+        data.engine.cluster(model, log, data, clusters, init, granularity, skip, embeddings, {**OPTIONS, **training})
+        return
     if data.engine is not None:
         data.engine.cluster(model, log, data, clusters, init, granularity, skip, embeddings, {**OPTIONS, **training})
         return
@@ -87,9 +96,8 @@ def run(
         importance = fisher(model, data, list(chosen)) if weighting == "fisher" else {}
         for name, axes in chosen.items():
             shared = () if granularity == "tensor" else axes
-            model.weights[name] = _clustered(
-                model.weights[name], shared, clusters, init, importance.get(name), data.seed
-            )
+            book = functools.partial(kmeans, start=init, rate=entropy, seed=data.seed)
+            model.weights[name] = _clustered(model.weights[name], shared, clusters, book, importance.get(name))
             log.applied["kernel clustered" if granularity == "tensor" else "kernel clustered by channel"] += 1
     finally:
         demote(model, set(model.weights) - before)
@@ -97,9 +105,11 @@ def run(
     _note(graph, list(chosen), log)
 
 
-def _check(clusters: int, init: str, granularity: str, weighting: str) -> None:
+def _check(clusters: int, init: str, granularity: str, weighting: str, entropy: float) -> None:
     if not 2 <= clusters <= 256:
         raise TfoptError(f"cluster: option 'clusters' must be from 2 to 256, received {clusters}")
+    if not 0 <= entropy <= 100:
+        raise TfoptError(f"cluster: option 'entropy' must be from 0 to 100, received {entropy}")
     for option, value, known in (
         ("init", init, STARTS),
         ("granularity", granularity, GRANULARITIES),
@@ -182,39 +192,35 @@ def _uses(graph: Graph, name: str) -> Iterator[tuple[str, int]]:
 
 
 def _clustered(
-    weight: np.ndarray, axes: tuple[int, ...], clusters: int, init: str, importance: np.ndarray | None, seed: int
+    weight: np.ndarray, axes: tuple[int, ...], clusters: int, book: Book, importance: np.ndarray | None
 ) -> np.ndarray:
     """A weight with few values: in all, or along `axes` in each place."""
-    others = [axis for axis in range(weight.ndim) if axis not in axes]
-    order = [*axes, *others]
+    order = [*axes, *(axis for axis in range(weight.ndim) if axis not in axes)]
     rows = int(np.prod([weight.shape[axis] for axis in axes]))
     table = weight.transpose(order).reshape(rows, -1)
-    marks = None if importance is None else importance.transpose(order).reshape(rows, -1)
-    sparse = is_sparse(weight)
-    for_each = [
-        _quantized(row, clusters, init, None if marks is None else marks[number], seed, sparse)
-        for number, row in enumerate(table)
-    ]
-    moved = np.stack(for_each).reshape([weight.shape[axis] for axis in order])
+    marks = [None] * rows if importance is None else list(importance.transpose(order).reshape(rows, -1))
+    count = clusters - 1 if is_sparse(weight) else clusters
+    made = np.stack(
+        [_quantized(row, count, book, mark, count < clusters) for row, mark in zip(table, marks, strict=True)]
+    )
+    moved = made.reshape([weight.shape[axis] for axis in order])
     return np.ascontiguousarray(moved.transpose(np.argsort(order)))
 
 
-def _quantized(
-    values: np.ndarray, clusters: int, init: str, importance: np.ndarray | None, seed: int, sparse: bool
-) -> np.ndarray:
-    """Numbers (n,) as the nearest of their centroids; where `sparse`, zeros and they alone are 0."""
+def _quantized(values: np.ndarray, count: int, book: Book, importance: np.ndarray | None, sparse: bool) -> np.ndarray:
+    """Numbers (n,) as their centroids; where `sparse`, zeros and they alone are 0."""
     kept = values != 0 if sparse else np.ones(len(values), bool)
     result = np.zeros_like(values)
     if not kept.any():
         return result
     numbers, marks = values[kept], None if importance is None else importance[kept]
     stride = -(-len(numbers) // _SAMPLE)
-    centroids = kmeans(numbers[::stride], clusters - sparse, init, None if marks is None else marks[::stride], seed)
+    found = book(numbers[::stride], count, importance=None if marks is None else marks[::stride])
     if sparse:  # a centroid of 0 would make further zeros
         tiny = np.abs(numbers).min()
-        centroids = np.where(np.abs(centroids) < tiny, np.where(centroids < 0, -tiny, tiny), centroids)
-        centroids = np.unique(centroids)
-    result[kept] = assign(numbers, centroids)
+        near = np.abs(found.centroids) < tiny
+        found = Codebook(np.where(near, np.copysign(tiny, found.centroids), found.centroids), found.borders)
+    result[kept] = found.assign(numbers)
     return result
 
 
@@ -243,6 +249,7 @@ PASS = Pass(
         "init": "optimal",
         "granularity": "tensor",
         "weighting": "none",
+        "entropy": 0.0,
         "skip": "",
         "depthwise": False,
         "embeddings": False,
