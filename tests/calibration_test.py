@@ -147,3 +147,17 @@ def test_weight_scale_of_zeros_is_positive():
     np.testing.assert_array_equal(weight_scale(0 * weight, 1, method="mse"), [1, 1, 1])
     with pytest.raises(TfoptError, match="unknown method 'best'"):
         weight_scale(weight, 1, method="best")
+
+
+def test_the_scale_of_clusters_puts_them_on_steps():
+    values = np.array([0.011, 0.3, -0.52, 1.0], np.float32)
+    kernel = np.random.default_rng(0).choice(values, (30, 40))
+    found = calibration.cluster_scale(kernel)
+    assert found.shape == () and found.dtype == np.float32 and 1 <= found <= 2
+
+    def noise(largest):
+        step = largest / 127
+        return np.mean((kernel - step * np.round(kernel / step)) ** 2)
+
+    assert noise(found) < 0.1 * noise(np.float32(1))
+    assert calibration.cluster_scale(np.zeros((4, 4), np.float32)) > 0

@@ -13,8 +13,9 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import tensorflow as tf
 
-from tfopt.calibration import weight_scale
+from tfopt.calibration import cluster_scale, weight_scale
 from tfopt.graph import Graph, make_node, split
+from tfopt.invariants import has_one_table
 from tfopt.model import Model
 from tfopt.quantization_sites import DEPTHWISE, TENSOR, Sites, Weight
 
@@ -96,12 +97,31 @@ def _weight(graph: Graph, weight: Weight, bits: int, method: str) -> str:
         limits = _limits(graph, hint, min(float(value.min()), 0.0), max(float(value.max()), 1e-6))
         return _add(graph, hint, name, limits, 8, False)
     held = graph.weights[name]
-    scale = weight_scale(held, None if weight.layout == TENSOR else held.ndim - 1, bits, method)
+    scale = weight_limit(weight, held, bits, method)
     quantized = _add(graph, hint, name, _limits(graph, hint, -scale, scale), bits, True)
     if weight.layout != DEPTHWISE:
         return quantized
     shape = graph.add_constant(f"{hint}/shape", np.array(value.shape, np.int32))
     return graph.add_op(f"{hint}/kernel", "Reshape", [quantized, shape], T=tf.float32, Tshape=tf.int32)
+
+
+def weight_limit(weight: Weight, held: np.ndarray, bits: int, method: str) -> np.ndarray:
+    """The m of [-m, m], the range of a weight; see `weight_scale`.
+
+    A clustered kernel has one in 8 bits: its few values are as few in the file then, where a scale for each channel
+    would make others of them in each. In 4 bits there are no more than 15 anyway.
+
+    Args:
+      weight: what it is.
+      held: its value, in the shape that is quantized.
+      bits, method: as `weight_scale` takes them.
+
+    Returns:
+      float32, one for each place of the last axis, or one in all.
+    """
+    if bits == 8 and weight.linear and has_one_table(held):
+        return cluster_scale(held)
+    return weight_scale(held, None if weight.layout == TENSOR else held.ndim - 1, bits, method)
 
 
 def add_weight(graph: Graph, hint: str, value: np.ndarray) -> str:

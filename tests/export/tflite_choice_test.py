@@ -41,6 +41,16 @@ def test_a_much_slower_file_is_not_kept(tmp_path):
     assert choose(found) is found[1]  # the third is faster still, and too far off
 
 
+def test_what_keeps_the_zeros_and_clusters_is_kept_unless_it_is_far_off(tmp_path):
+    found = _candidates(tmp_path, True, (40.0, 100, False), (30.0, 110, False), (29.5, 90, False))
+    for each, lost in zip(found, (["clusters"], [], []), strict=True):
+        each.facts["loses"] = lost
+    assert choose(found) is found[1]  # their gzip bytes differ less than their bytes
+    found[1].facts["snr"] = found[2].facts["snr"] = 27.0
+    assert choose(found) is found[0]
+    assert str(found[0]).endswith("without the model's clusters")
+
+
 def test_candidates_in_words(tmp_path):
     found = _candidates(tmp_path, True, (31.04, 1234, True), (float("inf"), 5, False))
     assert [str(each) for each in found] == ["31.0 dB in 1,234 bytes with 2 float ops", "no error in 5 bytes"]

@@ -1,12 +1,14 @@
 """Which of several files of one kind is kept.
 
-The highest signal-to-noise ratio, but not of a file that takes three times as long as another within 12 dB of it, as
-kernels that a delegate has not do; of those within 1 dB of it, and within 5% of the bytes of the smallest of these, the
-one of the engine that comes first.
+Where the model is sparse or clustered, a file that is so too, where one is within 12 dB of the best: that is what makes
+it small once it is zipped. Then the highest signal-to-noise ratio, but not of a file that takes three times as long as
+another within 12 dB of it, as kernels that a delegate has not do; of those within 1 dB of it, and within 5% of the bytes
+(the gzip bytes of a sparse or clustered model) of the smallest of these, the one of the engine that comes first.
 """
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +36,16 @@ class Candidate(NamedTuple):
         return -np.inf if self.facts["snr"] is None else self.facts["snr"]
 
     @property
+    def loses(self) -> list[str]:
+        """What the model had, and the file has not: "zeros", "clusters"."""
+        return self.facts.get("loses") or []
+
+    @property
+    def stored(self) -> int:
+        """The bytes that count: gzipped ones, where the model is sparse or clustered."""
+        return self.size if self.facts.get("loses") is None else len(gzip.compress(self.path.read_bytes(), 6))
+
+    @property
     def size(self) -> int:
         """In bytes."""
         return self.path.stat().st_size
@@ -41,19 +53,22 @@ class Candidate(NamedTuple):
     def __str__(self) -> str:
         floats = self.facts["float_ops"]
         left = f" with {sum(floats.values())} float ops" if floats and self.facts["static"] else ""
-        return f"{decibel(self.facts)} in {self.size:,} bytes{left}"
+        lost = f", without the model's {' and '.join(self.loses)}" if self.loses else ""
+        return f"{decibel(self.facts)} in {self.size:,} bytes{left}{lost}"
 
 
 def choose(found: list[Candidate]) -> Candidate:
     """Returns the best of several files of one kind."""
     top = max(each.snr for each in found)
     near = [each for each in found if each.snr == top or each.snr >= top - _NEAR]
+    least = min(len(each.loses) for each in near)
+    near = [each for each in near if len(each.loses) == least]
     fastest = min(each.facts.get("seconds", 0.0) for each in near)
     found = [each for each in near if each.facts.get("seconds", 0.0) <= _SLOW * fastest]
     top = max(each.snr for each in found)
     similar = [each for each in found if each.snr == top or each.snr >= top - _SIMILAR]
-    smallest = min(each.size for each in similar)
-    return next(each for each in similar if each.size <= _SAME_SIZE * smallest)
+    smallest = min(each.stored for each in similar)
+    return next(each for each in similar if each.stored <= _SAME_SIZE * smallest)
 
 
 def left(facts: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from tfopt import runtime
 from tfopt.errors import TfoptError
 from tfopt.export.tflite_file import TfliteFile
+from tfopt.export.tflite_losses import losses
 from tfopt.export.tflite_old_runtime import problems
 from tfopt.export.tflite_rows import calls, probes
 
@@ -23,7 +24,8 @@ def examine(job: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         quantized: number of weights that are int8, int4 or float16. float_ops: name -> number. problems: what keeps
         tflite-runtime 2.14 from running it. snr: 10 log10(sum want^2 / sum (want - got)^2) in dB, of the worst output;
-        None without rows. seconds: of the fastest call. rows: on how many. notes: the rest.
+        None without rows. seconds: of the fastest call. rows: on how many. loses: zeros or clusters of float32 that are
+        not in it. notes: the rest.
 
     Raises:
         TfoptError: it does not load, does not run, or gives outputs that are not finite where float32's are.
@@ -33,6 +35,7 @@ def examine(job: Mapping[str, Any]) -> dict[str, Any]:
         "quantized": file.weights("INT8", "INT4", "FLOAT16"),
         "float_ops": file.float_ops(),
         "problems": problems(file),
+        "loses": losses(file, TfliteFile(job["float32"])),
         "snr": None,
         "seconds": 0.0,
         "rows": 0,

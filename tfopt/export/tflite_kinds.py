@@ -101,6 +101,7 @@ def _static(name: str) -> list[Engine]:
     if name == "mixed":
         return []
     options = {"mode": "static", "bits": 8, "block": 0, "activation_bits": 16 if name == "int16x8" else 8}
+    options |= {"dense": _MIN_MAX, "others": _MIN_MAX}
     if name == "int4":  # of which the converter knows nothing without fake-quant nodes
         return [
             replace(engine, options={**options, **engine.options, "mode": "static"}, needs_rows=True)

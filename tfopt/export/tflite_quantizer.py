@@ -3,7 +3,8 @@
 Which precision a layer gets is decided here, layer by layer, and becomes a recipe: a 4-bit file has 8 bits where there
 is no 4-bit kernel, a blockwise one has per-channel scales where the inputs of a layer do not divide into blocks, and a
 layer whose scales would take more room than its weights save stays in float. A weight of n values, b bits and c
-channels saves n (4 - b / 8) bytes, and costs 12 c bytes for scales and zero points.
+channels saves n (4 - b / 8) bytes, and costs 12 c bytes for scales and zero points. A clustered kernel of 8 bits has
+one scale, so that it has no more values in the file than before.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tfopt.export.tflite_kinds import OLD
 from tfopt.export.tflite_names import shorten
 from tfopt.export.tflite_old_runtime import LACKING
 from tfopt.export.tflite_rows import calls
+from tfopt.invariants import has_one_table
 
 _Algorithm, _Op, _Grain = quantizer.AlgorithmName, qtyping.TFLOperationName, qtyping.QuantGranularity
 _DEQUANTIZE = 200  # bytes that an op with its tensor takes, about
@@ -47,6 +49,7 @@ class _Layer(NamedTuple):
     scope: str  # by which a recipe finds it
     shape: tuple[int, ...]  # of its weights
     fits: bool  # whether the last axis of its input is that of its weights
+    clustered: bool  # whether they have few distinct values, which one scale keeps few
 
     def __str__(self) -> str:
         return f"{self.kind} {'x'.join(map(str, self.shape))}"
@@ -95,13 +98,13 @@ def _rules(job: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
             left += [_Op(name) for name in sorted(LACKING[f"INT{job['activation_bits']}"])]
         for op in left:
             manager.add_quantization_config(".*", op, algorithm_key=_Algorithm.NO_QUANTIZE)
-        if job["bits"] == 8:
-            return manager.get_quantization_recipe(), []
     found: dict[tuple[str, str, _Precision], list[str]] = defaultdict(list)
     coarser: Counter[str] = Counter()
     small: Counter[str] = Counter()
     wanted = _Precision(job["bits"], _Grain[f"BLOCKWISE_{job['block']}"] if job["block"] else _Grain.CHANNELWISE)
     for layer in _layers(job["float32"]):
+        if static and job["bits"] == 8 and not layer.clustered:  # the rule for all is right
+            continue
         algorithm, precision = _choose(job, layer, wanted)
         if precision is None:
             continue
@@ -111,7 +114,8 @@ def _rules(job: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
         if precision != wanted and not (precision.grain == _Grain.TENSORWISE and precision.bits == wanted.bits):
             coarser[f"{precision.bits} bits for {layer}"] += 1
         found[layer.kind, algorithm, precision].append(layer.scope)
-    if not any(precision.bits == wanted.bits for _, _, precision in found) or (
+    nothing = not any(precision.bits == wanted.bits for _, _, precision in found)
+    if (nothing and not (static and job["bits"] == 8)) or (
         job["block"] and not any(precision == wanted for _, _, precision in found)
     ):
         blocks = f" whose inputs divide into blocks of {job['block']}" if job["block"] else ""
@@ -132,7 +136,9 @@ def _rules(job: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
 def _layers(path: str) -> list[_Layer]:
     """Returns the ops with constant float weights."""
     found = []
-    for op in TfliteFile(path).operators():
+    file = TfliteFile(path)
+    clustered = {name for names, array in file.constants() if has_one_table(array) for name in names}
+    for op in file.operators():
         if op.name not in _LAYERS:
             continue
         weights = [
@@ -141,7 +147,8 @@ def _layers(path: str) -> list[_Layer]:
         if weights:
             shape = weights[-1].shape
             fits = op.inputs[0].shape[-1:] == shape[-1:]
-            found.append(_Layer(op.name, "".join(f"{t.name};" for t in op.outputs), shape, fits))
+            scope = "".join(f"{t.name};" for t in op.outputs)
+            found.append(_Layer(op.name, scope, shape, fits, weights[-1].name in clustered))
     return found
 
 
@@ -153,6 +160,8 @@ def _choose(job: Mapping[str, Any], layer: _Layer, wanted: _Precision) -> tuple[
             options = [_Precision(wanted.bits, _Grain.TENSORWISE)]
         elif layer.kind == "TRANSPOSE_CONV":
             return "", None
+    if layer.clustered and wanted.bits == 8:
+        options.insert(0, _Precision(8, _Grain.TENSORWISE))
     if job["mode"] == "static":  # what has no 4-bit kernel has its 8 bits from the rule for all
         options = options[:1]
     dense = layer.kind == "FULLY_CONNECTED" and layer.fits and layer.shape[-1] <= _GPTQ_INPUTS

@@ -21,17 +21,16 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from tfopt.bit_search import Found, Layer, search
-from tfopt.calibration import weight_scale
 from tfopt.data import Dataset
 from tfopt.errors import TfoptError
 from tfopt.export.device_latency import device_latency
-from tfopt.fake_quant import insert, strip
+from tfopt.fake_quant import PER_CHANNEL, PER_TENSOR, insert, strip, weight_limit
 from tfopt.graph import join, split
 from tfopt.model import Model
 from tfopt.passes import Data, Pass
 from tfopt.passes.correct_bias import _biases, correct
 from tfopt.passes.quantize import _ROWS, calibrate, decibel
-from tfopt.quantization_sites import DEPTHWISE, TENSOR, Sites, Weight
+from tfopt.quantization_sites import DEPTHWISE, Sites, Weight
 from tfopt.rewrite import Log
 from tfopt.sensitivity import sensitivity
 
@@ -194,8 +193,7 @@ def _weights(base: Model, where: Sites) -> dict[str, _Quantized]:
             node = base.graph.producer(node.input[0])
         if weight.linear and weight.low and node.name not in {each.node for each in found.values()}:
             held = _constant(base, node.input[0])
-            axis = None if weight.layout == TENSOR else held.ndim - 1
-            scales = {bits: weight_scale(held, axis, bits, method) for bits, method in _METHODS.items()}
+            scales = {bits: weight_limit(weight, held, bits, method) for bits, method in _METHODS.items()}
             several = sum(each.weight.node == weight.node for each in found.values())
             found[weight.node + (f":{several}" if several else "")] = _Quantized(weight, node.name, held.size, scales)
     return found
@@ -208,6 +206,7 @@ def _with_bits(base: Model, quantized: Mapping[str, _Quantized], bits: Mapping[s
         node = made.graph.nodes[each.node]
         node.attr["num_bits"].i = bits[name]
         scale = each.scales[bits[name]]
+        node.op = PER_CHANNEL if scale.ndim else PER_TENSOR
         for ref, limit in zip(node.input[1:3], (-scale, scale), strict=True):
             made.graph.set_constant(split(ref)[0], limit)
     made.graph.sweep()

@@ -6,6 +6,8 @@ whose outputs are nearest to those of the float model, by the ratio of signal to
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from tfopt import fake_quant
@@ -15,6 +17,7 @@ from tfopt.data import Dataset, batch_size
 from tfopt.errors import TfoptError
 from tfopt.function import Function
 from tfopt.graph import split
+from tfopt.invariants import clusters
 from tfopt.losses import heads, trainable_outputs
 from tfopt.model import Model
 from tfopt.passes import Data, Pass, equalize
@@ -49,7 +52,7 @@ def run(
     quantized, _ = calibrate(model, log, signature, rows, bits, calibrator, integers)
     if correct_biases:
         tried = {"as calibrated": quantized, "with biases corrected": _corrected(quantized, signature, rows)}
-        if bits == 8:
+        if bits == 8 and not any(clusters(value) for value in _constants(model)):  # which equalizing would undo
             equalized, quiet = model.copy(), Log()
             equalize.run(equalized, quiet, data)
             if quiet.applied:
@@ -61,6 +64,12 @@ def run(
         log.notes.append(f"taken {best} (signal-to-noise ratio in dB: {listed})")
         quantized = tried[best]
     model.graph = quantized.graph
+
+
+def _constants(model: Model) -> Iterator[np.ndarray]:
+    """The float constants of a model."""
+    values = (model.graph.constant(name) for name in model.graph.nodes)
+    return (value for value in values if value is not None and value.dtype == np.float32)
 
 
 def _corrected(model: Model, signature: str, rows: Dataset) -> Model:
