@@ -2,8 +2,8 @@
 
 Where the model is sparse or clustered, a file that is so too, where one is within 12 dB of the best: that is what makes
 it small once it is zipped. Then the highest signal-to-noise ratio, but not of a file that takes three times as long as
-another within 12 dB of it, as kernels that a delegate has not do; of those within 1 dB of it, and within 5% of the bytes
-(the gzip bytes of a sparse or clustered model) of the smallest of these, the one of the engine that comes first.
+another within 12 dB of it, as kernels that a delegate has not do; of those within 1 dB of it, and within 5% of the
+bytes (the gzip bytes of a sparse or clustered model) of the smallest of these, that of the engine that comes first.
 """
 
 from __future__ import annotations

@@ -80,9 +80,6 @@ def run(
     if data.engine is not None:
         data.engine.cluster(model, log, data, clusters, init, granularity, skip, embeddings, {**OPTIONS, **training})
         return
-    if data.engine is not None:
-        data.engine.cluster(model, log, data, clusters, init, granularity, skip, embeddings, {**OPTIONS, **training})
-        return
     graph = model.graph
     before = set(model.weights)
     trainable = {name for signature in model.signatures for name in promote(model, signature)}
