@@ -10,25 +10,22 @@ from tfopt import passes
 from tfopt.errors import TfoptError
 from tfopt.tfmot.cluster import INITS
 
-# Pass -> option -> the values of it that TFMOT has; every value of those that are not named here.
-_ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
-    "prune_magnitude": {
-        "scope": ("layer",),
-        "criterion": ("magnitude",),
-        "first": (1.0,),
-        "last": (1.0,),
-        "depthwise": (0.0,),
-        "temperature": (1.0,),
-    },
-    "cluster": {
-        "init": tuple(INITS),
-        "weighting": ("none",),
-        "depthwise": (False,),
-        "temperature": (1.0,),
-    },
-    "train_quantized": {"bits": (8,), "calibrator": ("best",)},
+_TRAINING = ("epochs", "batch_size", "learning_rate", "alpha")
+# Pass -> the options that TFMOT takes as they are, and those of which it has some values. Others keep their default.
+_TAKEN: dict[str, tuple[str, ...]] = {
+    "prune_magnitude": (
+        *("sparsity", "pattern", "schedule", "begin", "end", "frequency", "skip", "embeddings"),
+        *_TRAINING,
+    ),
+    "cluster": ("clusters", "granularity", "skip", "embeddings", *_TRAINING),
+    "train_quantized": _TRAINING,
 }
-PASSES = tuple(_ONLY)
+_ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
+    "prune_magnitude": {"scope": ("layer",), "criterion": ("magnitude",), "first": (1.0,), "last": (1.0,)},
+    "cluster": {"init": tuple(INITS)},
+    "train_quantized": {"bits": (8,)},
+}
+PASSES = tuple(_TAKEN)
 
 
 def check(steps: Sequence[tuple[str, Mapping[str, Any]]], strategy: str = "") -> None:
@@ -59,11 +56,11 @@ def check(steps: Sequence[tuple[str, Mapping[str, Any]]], strategy: str = "") ->
                 f"--engine=tfmot: {name} stands before {names[theirs[-1]]}, which starts from the Keras model again: "
                 "put it last, or take --engine=graph"
             )
-        for option, value in options.items():
-            known = _ONLY.get(name, {}).get(option, (value,))
-            if value not in known:
+        for option, value in options.items() if name in PASSES else ():
+            values = _ONLY[name].get(option, (chosen.options[option],))
+            if option not in _TAKEN[name] and value not in values:
                 raise TfoptError(
-                    f"--engine=tfmot: TFMOT has {name} with {option}={' or '.join(map(str, known))}; received {value}, "
+                    f"--engine=tfmot: TFMOT has {name} with {option}={' or '.join(map(str, values))}; received {value}, "
                     "which --engine=graph has"
                 )
     if strategy:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tfopt.errors import TfoptError
 from tfopt.invariants import is_sparse
 from tfopt.tfmot.keras_model import layers, refusing, wrapped
 from tfopt.tfmot.train import Training
@@ -78,6 +79,8 @@ def cluster(student: Any, training: Training | None, options: Mapping[str, Any])
         )
 
     model = wrapped(student, wrap)
+    if skipped and not any("skip" in why for why in refused.values()):
+        raise TfoptError(f"skip={options['skip']!r} matches no layer that has a kernel")
     found: dict[str, Any] = {}
     with refusing():
         if training and training.steps and chosen:

@@ -219,12 +219,12 @@ def _folded(model: Model, log: Log, seed: int) -> Model:
         tried = folded.copy()
         passes.get(name).run(tried, Log())
         broken = verifier.check(tried).broken
-        if broken is None and _clustered(tried) >= before:
-            folded = tried
-        elif name == "fold_affine" and broken is None:
+        if broken is not None:
+            log.warnings.append(f"{name}, on the graph that TFMOT gave back, was undone: {broken}")
+        elif name == "fold_affine" and _clustered(tried) < before:
             log.notes.append("scales and shifts were not folded into kernels: that would have undone their clusters")
         else:
-            log.warnings.append(f"{name}, on the graph that TFMOT gave back, was undone: {broken}")
+            folded = tried
     return folded
 
 

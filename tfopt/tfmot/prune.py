@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tfopt.errors import TfoptError
 from tfopt.tfmot.keras_model import refusing, wrapped
 from tfopt.tfmot.train import Training
 
@@ -72,6 +73,8 @@ def prune(student: Any, training: Training | None, options: Mapping[str, Any]) -
         return tfmot.sparsity.keras.prune_low_magnitude(layer, schedule, block_size=block, sparsity_m_by_n=groups)
 
     model = wrapped(student, wrap)
+    if skipped and not any("skip" in why for why in refused.values()):
+        raise TfoptError(f"skip={options['skip']!r} matches no layer that has a kernel")
     pruned = pruning_wrapper.collect_prunable_layers(model)
     found: dict[str, Any] = {}
     if training and training.steps and pruned:
