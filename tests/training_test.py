@@ -530,7 +530,7 @@ def test_models_that_cannot_be_trained(tmp_path):
         ({"optimizer": "lion"}, "choose from adam, adamw, sgd; received 'lion'"),
         ({"batch_size": 0}, "batch_size: must be at least 1, received 0"),
         ({"learning_rate": math.nan}, "learning_rate: must be at least 0, received nan"),
-        ({"alpha": 1.5}, "alpha must be at most 1"),
+        ({"alpha": 1.5}, "alpha and teacher_until must be at most 1"),
         ({"temperature": 0.0}, "temperature above 0"),
     ],
 )
