@@ -91,13 +91,15 @@ def _fit(table: np.ndarray, weights: np.ndarray, base: int, multiply: bool, seed
     start = np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
     quotient = start if multiply else np.zeros_like(start)
     if multiply:
-        for _ in range(_SWEEPS):
-            remainder = _ratio(
-                np.einsum("qr,qrd,qd->rd", weight, cells, quotient), np.einsum("qr,qd->rd", weight, quotient**2)
-            )
-            quotient = _ratio(
-                np.einsum("qr,qrd,rd->qd", weight, cells, remainder), np.einsum("qr,rd->qd", weight, remainder**2)
-            )
+        # First with equal weights, of which the best is found from anywhere.
+        for share in (weight > 0).astype(np.float32), weight:
+            for _ in range(_SWEEPS):
+                remainder = _ratio(
+                    np.einsum("qr,qrd,qd->rd", share, cells, quotient), np.einsum("qr,qd->rd", share, quotient**2)
+                )
+                quotient = _ratio(
+                    np.einsum("qr,qrd,rd->qd", share, cells, remainder), np.einsum("qr,rd->qd", share, remainder**2)
+                )
         # A column of Q and one of R share a scale: alike, they learn alike.
         scale = np.sqrt(_ratio(_size_of(remainder), _size_of(quotient)))
         scale = np.where(scale > 0, scale, 1)

@@ -66,7 +66,8 @@ def fit(table: np.ndarray, weights: np.ndarray, counts: np.ndarray | None, budge
     if not min_count:
         frequent = np.argsort(-counts, kind="stable")[: max(_most(size, width, budget), 0)]
         stay = np.sort(frequent[counts[frequent] >= bound])
-        first = min(budget // (4 * width) - 1, int(stay[-1]) + 1 if len(stay) else 0)
+        read = np.flatnonzero(counts)
+        first = min(budget // (4 * width) - 1, int(read[-1]) + 1 if len(read) else 0)
         if 0 < first < size and counts[:first].sum() >= counts[stay].sum():  # the first ids serve as many lookups
             return _clipped(table, weights, first)
     if not len(stay):

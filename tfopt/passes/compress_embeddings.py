@@ -58,12 +58,11 @@ def run(
     """
     if method != "auto" and method not in _METHODS:
         raise TfoptError(f"compress_embeddings: method={method!r}: choose from auto, {', '.join(_METHODS)}")
-    least = {"ratio": (ratio, 1), "min_count": (min_count, 0), "hashes": (hashes, 1), "max_error": (max_error, 0)}
-    for option, (value, bound) in least.items():
-        if not value >= bound or (option == "ratio" and value <= 1):
-            raise TfoptError(
-                f"compress_embeddings: {option}={value}: must be {'above' if bound else 'at least'} {bound}"
-            )
+    if ratio <= 1:
+        raise TfoptError(f"compress_embeddings: ratio={ratio}: must be above 1")
+    for option, value, bound in (("hashes", hashes, 1), ("min_count", min_count, 0), ("max_error", max_error, 0)):
+        if value < bound:
+            raise TfoptError(f"compress_embeddings: {option}={value}: must be at least {bound}")
     before = model.weight_bytes
     for name in sorted(model.weights):
         if name not in model.weights or not is_lookup(model.graph, name):
