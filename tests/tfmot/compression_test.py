@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from tfopt.child import Child
 from tfopt.data import Dataset
 from tfopt.errors import TfoptError
 from tfopt.fake_quant import OPS, quantized_value
@@ -74,6 +76,18 @@ def folder(tmp_path_factory):
     images = np.random.default_rng(1).normal(size=(120, 8, 8, 1)).astype(np.float32)
     np.savez(path / "images.npz", image=images)
     return path
+
+
+@pytest.fixture(scope="module")
+def child():
+    with Child("tfopt.tfmot.worker:worker", {"TF_USE_LEGACY_KERAS": "1"}) as child:
+        yield child
+
+
+@pytest.fixture(autouse=True)
+def one_child(child, monkeypatch):
+    """One child does the jobs of all tests: each start of TensorFlow takes seconds."""
+    monkeypatch.setattr("tfopt.tfmot.engine.Child", lambda *_: contextlib.nullcontext(child))
 
 
 def _python(code, *arguments):

@@ -59,9 +59,9 @@ def check(steps: Sequence[tuple[str, Mapping[str, Any]]], strategy: str = "") ->
         for option, value in options.items() if name in PASSES else ():
             values = _ONLY[name].get(option, (chosen.options[option],))
             if option not in _TAKEN[name] and value not in values:
+                known = " or ".join(map(str, values))
                 raise TfoptError(
-                    f"--engine=tfmot: TFMOT has {name} with {option}={' or '.join(map(str, values))}; received {value}, "
-                    "which --engine=graph has"
+                    f"--engine=tfmot: TFMOT has {name} with {option}={known}; received {value}: --engine=graph has it"
                 )
     if strategy:
         raise TfoptError("--engine=tfmot trains on one device: leave out --strategy, or take --engine=graph")
