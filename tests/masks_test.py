@@ -48,7 +48,7 @@ def _gradient(masks, variables):
     return tape.gradient(loss, variables["w"]).numpy()
 
 
-def test_what_is_cut_learns_until_the_masks_are_fixed():
+def test_only_what_stays_learns():
     weights = {"w": RANDOM.normal(size=(20, 10)).astype(np.float32), "b": np.ones(10, np.float32)}
     variables = {name: tf.Variable(value) for name, value in weights.items()}
     masks = _masks("polynomial", weights)
@@ -59,20 +59,20 @@ def test_what_is_cut_learns_until_the_masks_are_fixed():
         w = masks.transform(variables)["w"].numpy()
         found.append(zeros([w]))
         assert not np.signbit(w[w == 0]).any()
-        np.testing.assert_array_equal(_gradient(masks, variables), 1 if step < 4 else w != 0)
+        np.testing.assert_array_equal(_gradient(masks, variables), w != 0)
     assert found[0] == 0 and np.all(np.diff(found) >= 0) and found[4:] == [0.8] * 6
 
 
 def test_what_was_cut_comes_back():
     weights = {"w": RANDOM.normal(size=(20, 10)).astype(np.float32)}
     variables = {"w": tf.Variable(weights["w"])}
-    masks = _masks("constant", weights)
+    masks = _masks("constant", weights, share=0.5)
     masks.schedule.update(0, 10, variables)
     before = masks.transform(variables)["w"].numpy()
-    variables["w"].assign(np.where(before == 0, 10 + weights["w"], weights["w"]))
+    variables["w"].assign(np.where(before == 0, weights["w"], weights["w"] / 1000))  # what stayed shrinks
     masks.schedule.update(1, 10, variables)
     after = masks.transform(variables)["w"].numpy()
-    assert not np.any((after != 0) & (before != 0)) and zeros([after]) == 0.8
+    assert np.count_nonzero((after != 0) & (before == 0)) > 90 and zeros([after]) == 0.5
 
 
 def test_at_once_and_for_good():
