@@ -43,19 +43,31 @@ def uniform(
     order = [ranked(group, worth) for group in channels.groups]
     choices = [kept_counts(group, round_to, max_share) for group in channels.groups]
 
-    def mask(share: float) -> np.ndarray:
+    def counts_at(share: float) -> list[int]:
+        wanted = [len(classes) * (1 - share) for classes in order]
+        return [min(known, key=lambda n: (abs(n - most), n)) for known, most in zip(choices, wanted, strict=True)]
+
+    def mask(counts: list[int]) -> np.ndarray:
         kept = channels.everything()
-        for classes, counts in zip(order, choices, strict=True):
-            wanted = len(classes) * (1 - share)
-            count = min(counts, key=lambda count: (abs(count - wanted), count))
+        for classes, count in zip(order, counts, strict=True):
             kept[classes[: len(classes) - count]] = False
         return kept
 
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (low, middle) if fits(mask(middle)) else (middle, high)
-    return mask(high)
+        low, high = (low, middle) if fits(mask(counts_at(middle))) else (middle, high)
+    counts = counts_at(high)
+    while True:  # steps are coarse: layers that lost most take back what fits
+        for index in sorted(range(len(order)), key=lambda index: counts[index] / len(order[index])):
+            more = [count for count in choices[index] if count > counts[index]]
+            tried = [*counts[:index], more[-1], *counts[index + 1 :]] if more else counts
+            if more and fits(mask(tried)):
+                counts = tried
+                break
+        else:
+            break
+    return mask(counts)
 
 
 def by_worth(
@@ -113,6 +125,9 @@ def by_worth(
         if offers and current[0] > offers[0][0] * (1 + 1e-9):
             heapq.heappush(offers, current)
             continue
+        if current[2] <= target:  # the last step: of all that reach the target, the one that costs least
+            ends = [found for other in range(len(order)) if (found := offer(other)) and found[2] <= target]
+            index = min(ends, key=lambda found: found[0] * (now - found[2]))[1]
         kept[_going(index)] = False
         place[index] += 1
         now = cost(kept)

@@ -8,15 +8,17 @@ for real, and every runtime is faster with them: there is no mask.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tfopt import importance as worths
-from tfopt.channels.choose import by_worth, uniform
-from tfopt.channels.compensate import compensate
-from tfopt.channels.groups import Channels, masked
+from tfopt.channels.compensate import compensate, second_moments
+from tfopt.channels.decide import Cost, Rules, chooser
+from tfopt.channels.groups import Channels
+from tfopt.channels.latency import share_for
 from tfopt.channels.names import short
 from tfopt.channels.unshare import unshare
 from tfopt.errors import TfoptError
@@ -24,12 +26,9 @@ from tfopt.model import Model
 from tfopt.passes import Data, Pass
 from tfopt.recovery import OPTIONS, recover
 from tfopt.rewrite import Log
-from tfopt.sensitivity import sensitivity
 
-_TARGETS = ("flops", "params")
-_SCOPES = ("global", "uniform", "sensitivity")
+_TARGETS = ("flops", "params", "latency")
 _RULE = "channels"
-_ROWS = 256  # that sensitivity is measured on
 
 
 def run(
@@ -53,7 +52,8 @@ def run(
       model: the model.
       log: gets what went, what cannot and why, and how the loss fell.
       data: rows to weigh channels by and to recover on; without any, weights alone decide and nothing is trained.
-      target: what `share` is of: "flops" or "params".
+      target: what `share` is of: "flops", "params", or "latency" (of the float32 file in LiteRT on this machine, which
+        takes some conversions and measurements).
       share: how much of it is to go.
       importance: "taylor" (wants rows), "l1", "l2", "bn_scale" (before fold_affine alone), or "auto": "taylor" where
         there are rows, else "l2".
@@ -68,127 +68,126 @@ def run(
       **training: see `tfopt.recovery.OPTIONS`; the epochs are those of the last training.
 
     Raises:
-      TfoptError: an option out of range, nothing that can go, or a target that cannot be reached.
+      TfoptError: an option out of range, nothing that can go, or a latency that cannot be reached.
     """
     rows = data.rows or data.labelled
-    _check(target, share, importance, scope, round_to, max_share, steps)
     if importance == "auto":
         importance = "l2" if rows is None else "taylor"
-    if (importance == "taylor" or scope == "sensitivity") and rows is None:
-        data.need_rows(f"prune_channels: {'importance=taylor' if importance == 'taylor' else 'scope=sensitivity'}")
+    rules = Rules(importance, scope, round_to, max_share)
+    _check(target, share, steps)
     unshare(model.graph)
     channels = Channels(model, log, _RULE)
     if not channels.groups:
         reasons = "; ".join(dict.fromkeys(log.refused.values())) or "it has no convolution or matrix product"
         raise TfoptError(f"prune_channels: no channel of the model can go: {reasons}")
-    start, parameters = _cost(channels, target), channels.parameters(channels.everything())
-    before = start(channels.everything())
-    flops = 2 * channels.macs(channels.everything())
+    start = _Size.of(channels)
     sizes = {group.name: len(group.classes) for group in channels.groups}
     for step in range(1, steps + 1):
-        wanted = before * (1 - share) ** (step / steps)
         if step > 1:
             channels = Channels(model)
-        kept = _stored(data, step, channels)
-        if kept is None:
-            worth = _worth(importance, channels, model, data)
-            kept = _choose(channels, model, data, worth, scope, _cost(channels, target), wanted, round_to, max_share)
-            _store(data, step, kept)
-        if compensation and rows is not None:
-            log.applied["kernel compensated"] += compensate(channels, model, data.signature, rows, kept)
+        store = data.checkpoint / f"channels_{step}.npz" if data.checkpoint else None
+        restored = _restored(channels, model, store)
+        if restored is not None:
+            kept, share = restored
+            target = "flops" if target == "latency" else target
+        else:
+            moments = second_moments(channels, model, data.signature, rows) if compensation and rows is not None else {}
+            choose = chooser(channels, model, data, rules, moments)
+            if target == "latency":  # from here on it is a share of the FLOPs
+                macs = channels.macs(channels.everything())
+                tried = _at(choose, channels.macs, macs)
+                share, notes = share_for(model, data.signature, rows, data.seed, share, tried)
+                log.notes += notes
+                target = "flops"
+            kept = choose(_cost(channels, target), start.of_target(target) * (1 - share) ** (step / steps))
+            changed = compensate(channels, model, moments, kept)
+            _save(model, store, kept, share, changed)
+            if changed:
+                log.applied["kernel compensated"] += len(changed)
         log.applied["channel"] += int(np.count_nonzero(~kept))
         channels.cut(model, kept)
         model.graph.sweep()
-        last = step == steps
-        title = "prune_channels" if last else f"prune_channels {step}"
-        recover(model, log, data, title, **(training if last else {**training, "epochs": step_epochs}))
+        _recover(model, log, data, step, steps, step_epochs, training)
     channels = Channels(model)
-    left = {group.name: len(group.classes) for group in channels.groups}
-    _report(log, sizes, left)
-    after = _cost(channels, target)(channels.everything())
-    log.notes.append(f"{flops:,.0f} FLOPs became {2 * channels.macs(channels.everything()):,.0f}")
-    log.notes.append(f"{parameters:,} parameters became {channels.parameters(channels.everything()):,}")
-    if after > before * (1 - share) * 1.001:
+    _report(log, sizes, {group.name: len(group.classes) for group in channels.groups}, start, _Size.of(channels))
+    left = _Size.of(channels).of_target(target) / start.of_target(target)
+    if left > (1 - share) * 1.001:
         log.warnings.append(
-            f"prune_channels: {1 - after / before:.0%} of the {target} went, not {share:.0%}: no more can go with "
-            f"max_share={max_share}"
+            f"prune_channels: {1 - left:.0%} of the {target} went, not {share:.0%}: no more can go with "
+            f"max_share={max_share} and round_to={round_to}"
         )
 
 
-def _check(target: str, share: float, importance: str, scope: str, round_to: int, max_share: float, steps: int) -> None:
-    for name, value, known in (
-        ("target", target, _TARGETS),
-        ("importance", importance, ("auto", *worths.BY)),
-        ("scope", scope, _SCOPES),
-    ):
-        if value not in known:
-            raise TfoptError(f"prune_channels: {name}: choose from {', '.join(known)}; received {value!r}")
-    for name, share_of in (("share", share), ("max_share", max_share)):
-        if not 0 < share_of < 1:
-            raise TfoptError(f"prune_channels: {name} must be above 0 and below 1, received {share_of}")
-    for name, count in (("round_to", round_to), ("steps", steps)):
-        if count < 1:
-            raise TfoptError(f"prune_channels: {name} must be at least 1, received {count}")
+@dataclasses.dataclass(frozen=True)
+class _Size:
+    """What a model costs: multiply-accumulates at batch 1, and elements of float constants."""
+
+    macs: float
+    parameters: int
+
+    @classmethod
+    def of(cls, channels: Channels) -> _Size:
+        whole = channels.everything()
+        return cls(channels.macs(whole), channels.parameters(whole))
+
+    def of_target(self, target: str) -> float:
+        return self.parameters if target == "params" else self.macs
 
 
-def _cost(channels: Channels, target: str) -> Callable[[np.ndarray], float]:
+def _check(target: str, share: float, steps: int) -> None:
+    if target not in _TARGETS:
+        raise TfoptError(f"prune_channels: target: choose from {', '.join(_TARGETS)}; received {target!r}")
+    if not 0 < share < 1:
+        raise TfoptError(f"prune_channels: share must be above 0 and below 1, received {share}")
+    if steps < 1:
+        raise TfoptError(f"prune_channels: steps must be at least 1, received {steps}")
+
+
+def _cost(channels: Channels, target: str) -> Cost:
     return channels.macs if target == "flops" else lambda kept: float(channels.parameters(kept))
 
 
-def _worth(importance: str, channels: Channels, model: Model, data: Data) -> np.ndarray:
-    if importance == "taylor":
-        return worths.taylor(channels, model, data.signature, data.need_rows("prune_channels"), data.seed)
-    if importance == "bn_scale":
-        return worths.batch_norm_scale(channels, model)
-    return worths.magnitude(channels, model, 1 if importance == "l1" else 2)
+def _at(choose: Callable[[Cost, float], np.ndarray], cost: Cost, whole: float) -> Callable[[float], np.ndarray]:
+    return lambda share: choose(cost, whole * (1 - share))
 
 
-def _choose(
-    channels: Channels,
-    model: Model,
-    data: Data,
-    worth: np.ndarray,
-    scope: str,
-    cost: Callable[[np.ndarray], float],
-    wanted: float,
-    round_to: int,
-    max_share: float,
-) -> np.ndarray:
-    if scope == "uniform":
-        kept = uniform(channels, worth, lambda kept: cost(kept) <= wanted, round_to, max_share)
-        return channels.spare(kept, worth)
-    scale = None
-    if scope == "sensitivity":
-        halves = {}
-        for group in channels.groups:
-            halves[group.name] = channels.everything()
-            halves[group.name][group.classes[np.argsort(worth[group.classes])[: len(group.classes) // 2]]] = False
-        rows = data.need_rows("prune_channels").take(slice(0, _ROWS))
-        changes = {name: masked(channels, model, kept) for name, kept in halves.items()}
-        errors = sensitivity(model, data.signature, rows, changes)
-        scale = {name: error / max(float(worth[~halves[name]].sum()), 1e-30) for name, error in errors.items()}
-    return channels.spare(by_worth(channels, worth, cost, wanted, round_to, max_share, scale), worth)
+def _recover(
+    model: Model, log: Log, data: Data, step: int, steps: int, step_epochs: int, training: dict[str, Any]
+) -> None:
+    if step == steps:
+        recover(model, log, data, "prune_channels", **training)
+    elif training.get("epochs", OPTIONS["epochs"]):
+        short_training = {"epochs": step_epochs, "min_steps": training.get("min_steps", OPTIONS["min_steps"]) // steps}
+        recover(model, log, data, f"prune_channels {step}", **{**training, **short_training})
 
 
-def _stored(data: Data, step: int, channels: Channels) -> np.ndarray | None:
-    """What a run that was killed had chosen: a gradient summed in another order may choose otherwise."""
-    file = data.checkpoint / f"channels_{step}.npy" if data.checkpoint else None
+def _save(model: Model, file: Path | None, kept: np.ndarray, share: float, changed: list[str]) -> None:
+    """Keeps what was chosen for a run that goes on after a kill: sums in another order might choose otherwise."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        kernels = {f"kernel {name}": model.graph.constant(name) for name in changed}
+        np.savez(file.with_suffix(".tmp.npz"), kept=kept, share=share, **kernels)  # type: ignore[arg-type]
+        file.with_suffix(".tmp.npz").replace(file)
+
+
+def _restored(channels: Channels, model: Model, file: Path | None) -> tuple[np.ndarray, float] | None:
     if file is None or not file.exists():
         return None
-    kept = np.load(file)
-    return kept if kept.shape == (channels.classes.total,) else None
+    with np.load(file) as found:
+        if found["kept"].shape != (channels.classes.total,):
+            return None
+        for name in found.files:
+            if name.startswith("kernel "):
+                model.graph.set_constant(name.removeprefix("kernel "), found[name])
+        return found["kept"], float(found["share"])
 
 
-def _store(data: Data, step: int, kept: np.ndarray) -> None:
-    if data.checkpoint:
-        data.checkpoint.mkdir(parents=True, exist_ok=True)
-        np.save(data.checkpoint / f"channels_{step}.npy", kept)
-
-
-def _report(log: Log, sizes: dict[str, int], left: dict[str, int]) -> None:
+def _report(log: Log, sizes: dict[str, int], left: dict[str, int], start: _Size, end: _Size) -> None:
     names = short(list(sizes))
     changed = [f"{names[name]} {size} -> {left.get(name, 1)}" for name, size in sizes.items()]
     log.notes.append(f"channels of each layer: {', '.join(changed)}")
+    log.notes.append(f"{2 * start.macs:,.0f} FLOPs became {2 * end.macs:,.0f}")
+    log.notes.append(f"{start.parameters:,} parameters became {end.parameters:,}")
 
 
 PASS = Pass(
