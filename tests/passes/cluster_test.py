@@ -11,6 +11,7 @@ from tests.origins import save_module, spec
 from tfopt import model as models
 from tfopt.data import Dataset
 from tfopt.errors import TfoptError
+from tfopt.fisher import fisher
 from tfopt.function import Function
 from tfopt.model import Model
 from tfopt.passes import Data, cluster
@@ -69,7 +70,7 @@ CONV, DEPTHWISE, DENSE, LAST, TABLE = 864, 216, 1536, 320, 2400
 def test_kernels_have_few_values_near_to_what_they_were(tmp_path, init):
     model = build(tmp_path)
     before = kernels(model)
-    log = run(model, init=init)
+    log = run(model, init=init, depthwise=0)
     assert log.applied == {"kernel clustered": 3}
     for size, value in kernels(model).items():
         if size in (CONV, DENSE, LAST):
@@ -78,21 +79,28 @@ def test_kernels_have_few_values_near_to_what_they_were(tmp_path, init):
         else:
             np.testing.assert_array_equal(value, before[size])
     reasons = sorted(log.refused.values())
-    assert "depthwise=true" in reasons[0] and "embeddings=true" in reasons[1]
+    assert "depthwise=0" in reasons[0] and "embeddings=true" in reasons[1]
     assert "3 kernels" not in str(log.notes) and "16 and 3." in log.notes[0]
     assert "not recovered" in log.warnings[0]
 
 
 def test_by_channel_each_has_its_own(tmp_path):
     model = build(tmp_path)
-    log = run(model, clusters=4, granularity="channel", embeddings=True, depthwise=True)
+    log = run(model, clusters=4, granularity="channel", embeddings=True)
     found = kernels(model)
     assert log.applied == {"kernel clustered by channel": 2}
     assert {len(np.unique(found[CONV][..., channel])) for channel in range(24)} == {4}
     assert {len(np.unique(found[LAST][:, channel])) for channel in range(5)} == {4}
     refused = sorted(log.refused.values())
     assert "a channel of it has 24 weights, fewer than 8 for each of 4 centroids" in refused
-    assert "a channel of it has 9 weights, fewer than 8 for each of 4 centroids" in refused
+    assert "a channel of it has 9 weights, fewer than 8 for each of 2 centroids" in refused
+
+
+@pytest.mark.parametrize(("depthwise", "count"), [(64, 27), (20, 20), (4, 16)])
+def test_a_depthwise_kernel_has_more_values_but_no_fewer_weights_for_each(tmp_path, depthwise, count):
+    model = build(tmp_path)
+    run(model, depthwise=depthwise)
+    assert len(np.unique(kernels(model)[DEPTHWISE])) == count  # of 216 weights
 
 
 def test_zeros_of_a_sparse_kernel_stay_and_no_others_come(tmp_path):
@@ -132,18 +140,18 @@ def test_recovery_trains_the_centroids_and_keeps_the_clusters(tmp_path, granular
 
 def test_importance_keeps_what_matters(tmp_path):
     model = build(tmp_path)
-    teacher, data = model.copy(), rows()
     plain, weighted = model.copy(), model.copy()
+    data = Data("serving_default", model.copy(), rows())
     run(plain, clusters=4)
-    run(weighted, Data("serving_default", teacher, data), clusters=4, weighting="fisher", epochs=0)
-    assert not np.array_equal(kernels(plain)[DENSE], kernels(weighted)[DENSE])
+    run(weighted, data, clusters=4, weighting="fisher", epochs=0)
+    name = next(name for name, value in model.weights.items() if value.size == DENSE)
+    importance = fisher(model, data, [name])[name]
+    assert importance.shape == model.weights[name].shape and importance.min() >= 0 and importance.max() > 0
 
-    def distance(other: Model) -> float:
-        with Function(teacher) as wanted, Function(other) as given:
-            one, two = (np.log(f("serving_default", data.inputs)["y"]) for f in (wanted, given))
-        return float(np.mean((one - two) ** 2))
+    def error(other: Model) -> float:
+        return float(np.sum(importance * (other.weights[name] - model.weights[name]) ** 2))
 
-    assert distance(weighted) < distance(plain)
+    assert error(weighted) < 0.95 * error(plain)
 
 
 def test_entropy_makes_what_is_stored_smaller(tmp_path):
@@ -171,11 +179,12 @@ def test_the_same_seed_gives_the_same(tmp_path):
         ({"init": "forgy"}, "'init' is one of optimal, linear, density, kmeans"),
         ({"granularity": "row"}, "'granularity' is one of tensor, channel"),
         ({"weighting": "hessian"}, "'weighting' is one of none, fisher"),
+        ({"depthwise": 300}, "'depthwise' must be from 0 to 256"),
         ({"entropy": -1.0}, "'entropy' must be from 0 to 100"),
         ({"skip": "nothing"}, "matches no node"),
         ({"skip": "("}, "no regular expression"),
         ({"skip": ".*"}, "as skip wants it"),
-        ({"clusters": 256}, "fewer than 8 for each of 256 centroids"),
+        ({"clusters": 256, "depthwise": 0}, "fewer than 8 for each of 256 centroids"),
         ({"weighting": "fisher"}, "weighting=fisher learns from data"),
     ],
 )

@@ -51,7 +51,7 @@ def run(
     weighting: str = "none",
     entropy: float = 0.0,
     skip: str = "",
-    depthwise: bool = False,
+    depthwise: int = 64,
     embeddings: bool = False,
     **training: Any,
 ) -> None:
@@ -69,14 +69,15 @@ def run(
         `tfopt.kmeans`): with 1, what is stored is some 8% smaller, and the error a seventh larger.
       skip: regular expression; a kernel stays as it is where it matches, from the start, its name or that of a node
         that reads it.
-      depthwise: whether kernels of depthwise convolutions are clustered too: they are small, and their channels differ.
+      depthwise: how many values a kernel of a depthwise convolution has at most, where `clusters` is not more: it is
+        small, and each weight counts. There are 8 weights for each value at least. 0 leaves these kernels as they are.
       embeddings: whether tables of lookups are clustered too.
       **training: see `tfopt.recovery.OPTIONS`.
 
     Raises:
       TfoptError: an option out of range, `skip` matches nothing, nothing can be clustered.
     """
-    _check(clusters, init, granularity, weighting, entropy)
+    _check(clusters, init, granularity, weighting, entropy, depthwise)
     if data.engine is not None:
         data.engine.cluster(model, log, data, clusters, init, granularity, skip, embeddings, {**OPTIONS, **training})
         return
@@ -91,10 +92,10 @@ def run(
             reasons = "; ".join(dict.fromkeys(log.refused.values())) or "it has no trainable kernel of float32"
             raise TfoptError(f"cluster: no weight of the model can be clustered: {reasons}")
         importance = fisher(model, data, list(chosen)) if weighting == "fisher" else {}
-        for name, axes in chosen.items():
+        for name, (count, axes) in chosen.items():
             shared = () if granularity == "tensor" else axes
             book = functools.partial(kmeans, start=init, rate=entropy, seed=data.seed)
-            model.weights[name] = _clustered(model.weights[name], shared, clusters, book, importance.get(name))
+            model.weights[name] = _clustered(model.weights[name], shared, count, book, importance.get(name))
             log.applied["kernel clustered" if granularity == "tensor" else "kernel clustered by channel"] += 1
     finally:
         demote(model, set(model.weights) - before)
@@ -102,9 +103,11 @@ def run(
     _note(graph, list(chosen), log)
 
 
-def _check(clusters: int, init: str, granularity: str, weighting: str, entropy: float) -> None:
+def _check(clusters: int, init: str, granularity: str, weighting: str, entropy: float, depthwise: int) -> None:
     if not 2 <= clusters <= 256:
         raise TfoptError(f"cluster: option 'clusters' must be from 2 to 256, received {clusters}")
+    if not 0 <= depthwise <= 256:
+        raise TfoptError(f"cluster: option 'depthwise' must be from 0 to 256, received {depthwise}")
     if not 0 <= entropy <= 100:
         raise TfoptError(f"cluster: option 'entropy' must be from 0 to 100, received {entropy}")
     for option, value, known in (
@@ -136,10 +139,10 @@ def _choose(
     clusters: int,
     granularity: str,
     skipped: set[str],
-    depthwise: bool,
+    depthwise: int,
     embeddings: bool,
-) -> dict[str, tuple[int, ...]]:
-    """Weight -> the axes that hold its output channels."""
+) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Weight -> how many values it gets, and the axes that hold its output channels."""
     linear = (*CONVOLUTIONS, *PRODUCTS, *CALLS, *LOOKUPS)
     chosen = {}
     for name in names:
@@ -155,9 +158,7 @@ def _choose(
                 if node.op in LOOKUPS and not embeddings:
                     raise Refused("it is a table of lookups, which is clustered only with embeddings=true")
                 if node.op == "DepthwiseConv2dNative" and not depthwise:
-                    raise Refused(
-                        "a depthwise kernel is clustered only with depthwise=true: it is small, and sensitive"
-                    )
+                    raise Refused("it is a depthwise kernel, which depthwise=0 leaves as it is")
                 if node.name in skipped or name in skipped:
                     raise Refused("it stays as it is, as skip wants it")
                 found.add(tuple(sorted({*range(weight.ndim)} - {*summed_axes(graph, node, index, weight.ndim)})))
@@ -167,15 +168,18 @@ def _choose(
             count = weight.size
             if granularity == "channel":
                 count //= int(np.prod([weight.shape[axis] for axis in axes]))
-            if count < _LEAST * clusters:
+            wanted = clusters
+            if any(node.op == "DepthwiseConv2dNative" for node, _ in uses):
+                wanted = max(2, min(max(clusters, depthwise), count // _LEAST))
+            if count < _LEAST * wanted:
                 whole = "a channel of it" if granularity == "channel" else "it"
-                raise Refused(f"{whole} has {count} weights, fewer than {_LEAST} for each of {clusters} centroids")
+                raise Refused(f"{whole} has {count} weights, fewer than {_LEAST} for each of {wanted} centroids")
             if not np.isfinite(weight).all():
                 raise Refused("it is not finite")
         except Refused as reason:
             log.refused[_RULE, name] = str(reason)
             continue
-        chosen[name] = axes
+        chosen[name] = (wanted, axes)
     return chosen
 
 
@@ -248,7 +252,7 @@ PASS = Pass(
         "weighting": "none",
         "entropy": 0.0,
         "skip": "",
-        "depthwise": False,
+        "depthwise": 64,
         "embeddings": False,
         **OPTIONS,
     },
