@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -202,7 +201,7 @@ def _tucker(kernel: np.ndarray, ranks: tuple[int, ...]) -> tuple[np.ndarray, ...
     from tensorly.decomposition import partial_tucker
 
     (core, (inner, outer)), _ = partial_tucker(
-        kernel, list(ranks), modes=[2, 3], n_iter_max=_SWEEPS["tucker"], svd="symeig_svd", random_state=0
+        kernel, list(ranks), modes=[2, 3], n_iter_max=_SWEEPS["tucker"], svd=_left, random_state=0
     )
     return inner, core, outer.T
 
@@ -210,11 +209,17 @@ def _tucker(kernel: np.ndarray, ranks: tuple[int, ...]) -> tuple[np.ndarray, ...
 def _cp(kernel: np.ndarray, ranks: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     from tensorly.decomposition import parafac
 
-    with warnings.catch_warnings():  # there are more components than taps: it starts those from random numbers
-        warnings.filterwarnings("ignore", "Trying to compute SVD")
-        found = parafac(kernel, ranks[0], n_iter_max=_SWEEPS["cp"], tol=1e-6, svd="symeig_svd", random_state=0)
+    found = parafac(kernel, ranks[0], n_iter_max=_SWEEPS["cp"], tol=1e-6, svd=_left, random_state=0)
     high, wide, inner, outer = found.factors
     return inner * found.weights, high, wide, outer.T
+
+
+def _left(matrix: np.ndarray, n_eigenvecs: int | None = None, **_: object) -> tuple[np.ndarray, ...]:
+    """Singular vectors of an unfolding, which has few rows: tensorly's own take the larger of the two products."""
+    squares, vectors = np.linalg.eigh(matrix @ matrix.T)
+    values, vectors = np.sqrt(np.maximum(squares[::-1], 0)), vectors[:, ::-1]
+    right = (vectors.T @ matrix) / np.maximum(values, 1e-30)[:, None]
+    return vectors[:, :n_eigenvecs], values[:n_eigenvecs], right[:n_eigenvecs]
 
 
 _ALTERNATING: dict[str, Callable[[np.ndarray, tuple[int, ...]], tuple[np.ndarray, ...]]] = {
