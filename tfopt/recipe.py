@@ -169,6 +169,12 @@ def parse(steps: list[str | dict[str, Any]], name: str, tflite: list[str] | None
         for needed in chosen.needs:
             if needed not in earlier:
                 raise TfoptError(f"{where}: {chosen.name} needs {needed} before it; insert {needed!r} earlier")
+        learned = [(i, done) for i, done in enumerate(earlier, 1) if passes.get(done).learns]
+        if options.get("student") and learned:
+            at, done = learned[0]
+            raise TfoptError(
+                f"{where}: {chosen.name} with a student would replace what {done} (pass {at}) made; put it earlier"
+            )
         for made, (maker, at) in makers.items():
             if made not in chosen.keeps:
                 raise TfoptError(

@@ -18,6 +18,15 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+def settings_of(data: Data, options: dict[str, Any]) -> Settings:
+    """How a pass with these options trains.
+
+    Raises:
+      TfoptError: an option that cannot be.
+    """
+    return Settings(**{**OPTIONS, "seed": data.seed, **options})
+
+
 def recover(
     model: Model,
     log: Log,
@@ -45,7 +54,7 @@ def recover(
     Raises:
       TfoptError: the model cannot be trained.
     """
-    settings = Settings(**{**OPTIONS, "seed": data.seed, **options})
+    settings = settings_of(data, options)
     if not settings.epochs:
         return None
     if data.rows is None and data.labelled is None:
