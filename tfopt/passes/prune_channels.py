@@ -38,7 +38,7 @@ def run(
     target: str = "flops",
     share: float = 0.5,
     importance: str = "auto",
-    scope: str = "global",
+    scope: str = "auto",
     round_to: int = 8,
     max_share: float = 0.8,
     compensation: bool = True,
@@ -57,8 +57,9 @@ def run(
       share: how much of it is to go.
       importance: "taylor" (wants rows), "l1", "l2", "bn_scale" (before fold_affine alone), or "auto": "taylor" where
         there are rows, else "l2".
-      scope: "global" (worth against what is saved, over all layers), "uniform" (the same share of each layer), or
-        "sensitivity" (global, with the worth of each layer scaled to the error that halving it alone brings).
+      scope: "global" (worth against what is saved, over all layers), "uniform" (the same share of each layer),
+        "sensitivity" (global, with the worth of each layer scaled to the error that halving it alone brings), or
+        "auto": "global", but "uniform" for l1 and l2, which say nothing across layers.
       round_to: numbers of channels are multiples of this; smaller layers have smaller steps.
       max_share: the most of a layer that goes.
       compensation: whether kernels that read channels that go are changed so that those that stay stand in for them,
@@ -73,6 +74,8 @@ def run(
     rows = data.rows or data.labelled
     if importance == "auto":
         importance = "l2" if rows is None else "taylor"
+    if scope == "auto":
+        scope = "global" if importance in ("taylor", "bn_scale") else "uniform"
     rules = Rules(importance, scope, round_to, max_share)
     _check(target, share, steps)
     unshare(model.graph)
@@ -194,7 +197,7 @@ PASS = Pass(
     "prune_channels",
     run,
     options={
-        **{"target": "flops", "share": 0.5, "importance": "auto", "scope": "global", "round_to": 8, "max_share": 0.8},
+        **{"target": "flops", "share": 0.5, "importance": "auto", "scope": "auto", "round_to": 8, "max_share": 0.8},
         **{"compensation": True, "steps": 1, "step_epochs": 1},
         **OPTIONS,
     },
