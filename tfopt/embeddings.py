@@ -17,11 +17,12 @@ import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from tfopt.calibration import values
-from tfopt.data import Dataset
+from tfopt.data import Dataset, batch_size
 from tfopt.graph import Graph, Shape, infer_tensors, join, make_node, split
 from tfopt.model import Model
 from tfopt.rewrite import Refused
 from tfopt.rules.constants import attr
+from tfopt.verify import input_specs
 
 _GATHERS = ("GatherV2", "Gather")
 _SEGMENTS = tuple(
@@ -119,12 +120,13 @@ def count(model: Model, signature: str, table: Table, rows: Dataset) -> np.ndarr
     refs = [ref for ref in dict.fromkeys(table.ids) if not graph.reachable([split(ref)[0]]) & outer]
     if not refs:
         return None
+    fixed = batch_size(input_specs(model, signature), 0)
     counts = np.zeros(size, np.int64)
     for start, tensors in values(model, signature, refs, rows):
         for array in tensors.values():
-            # A fixed batch is filled up with the first rows at the end: these do not count again.
-            whole = array.ndim and len(array) and start + len(array) > len(rows)
-            found = (array[: len(rows) - start] if whole else array).astype(np.int64).ravel()
+            if array.ndim and len(array) == fixed:  # filled up with the first rows at the end: they do not count again
+                array = array[: len(rows) - start]
+            found = array.astype(np.int64).ravel()
             counts += np.bincount(found[(found >= 0) & (found < size)], minlength=size)
     return counts
 

@@ -240,7 +240,7 @@ def test_training_brings_accuracy_back_and_the_files_run(topology, rank, digits,
     for loaded, epochs in ((original.copy(), None), (prepared.copy(), 0), (prepared.copy(), 15)):
         log = Log()
         if epochs is not None:
-            compress_inputs.run(loaded, log, data, rank=rank, topology=topology, epochs=epochs)
+            compress_inputs.run(loaded, log, data, rank=rank, topology=topology, epochs=epochs, min_steps=0)
         with Function(loaded) as function:
             (scores,) = function("serving_default", {"x": images}).values()
         found.append(float(np.mean(scores.argmax(axis=1) == labels)))
