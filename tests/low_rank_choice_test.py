@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tfopt import factors
-from tfopt.low_rank_choice import Choice, Options, allot, grid, vbmf_error
+from tfopt.low_rank_choice import Choice, Options, allot, grid, interpolated, vbmf_error
 from tfopt.low_rank_layers import Geometry, Layer
 from tfopt.rewrite import Refused
 
@@ -116,15 +116,24 @@ def test_flops_go_where_they_do_the_least_harm():
         "robust": choices((80, 0.01), (50, 0.02), (20, 0.3)),
         "fragile": choices((80, 0.2), (50, 0.6)),
     }
-    whole, passed_on = {"robust": 100, "fragile": 100}, {"robust": 1.0, "fragile": 1.0}
-    chosen = allot(options, whole, passed_on, 40)
+    whole, alike = {"robust": 100, "fragile": 100}, {"robust": float, "fragile": float}
+    chosen = allot(options, whole, alike, 40)
     assert {name: choice.macs for name, choice in chosen.items()} == {"robust": 50}
-    chosen = allot(options, whole, passed_on, 70)
+    chosen = allot(options, whole, alike, 70)
     assert {name: choice.macs for name, choice in chosen.items()} == {"robust": 20}
-    chosen = allot(options, whole, {"robust": 1.0, "fragile": 0.01}, 70)
+    chosen = allot(options, whole, {"robust": float, "fragile": lambda error: error / 100}, 70)
     assert {name: choice.macs for name, choice in chosen.items()} == {"robust": 80, "fragile": 50}
-    assert len(allot(options, whole, passed_on, 1000)) == 2  # all that there is
-    assert allot(options, whole, passed_on, 0) == {}
+    assert len(allot(options, whole, alike, 1000)) == 2  # all that there is
+    assert allot(options, whole, alike, 0) == {}
+
+
+def test_harm_between_measured_points():
+    harm = interpolated([0.4, 0.1, 0.2], [0.9, 0.01, 0.04])
+    assert harm(0.1) == pytest.approx(0.01) and harm(0.4) == pytest.approx(0.9)
+    assert harm(np.sqrt(0.1 * 0.2)) == pytest.approx(0.02)  # the mean of the logarithms
+    assert harm(0.05) == pytest.approx(0.005) and harm(0.8) == pytest.approx(1.8)
+    assert interpolated([0.1, 0.2], [0.5, 0.3])(0.2) == pytest.approx(0.5)  # it does not fall
+    assert interpolated([0.1], [0.0])(0.1) < 1e-12
 
 
 def test_greedy_is_near_the_best_of_all_combinations():
@@ -135,7 +144,7 @@ def test_greedy_is_near_the_best_of_all_combinations():
         macs = np.sort(random.choice(95, 6, replace=False))[::-1]
         options[name] = choices(*zip(macs.tolist(), np.sort(random.uniform(size=6)).tolist(), strict=True))
     for wanted in (50, 120, 200):
-        chosen = allot(options, whole, dict.fromkeys(whole, 1.0), wanted)
+        chosen = allot(options, whole, dict.fromkeys(whole, float), wanted)
         assert sum(100 - choice.macs for choice in chosen.values()) >= wanted
         received = sum(choice.error for choice in chosen.values())
         best = {0: 0.0}

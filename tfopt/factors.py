@@ -18,13 +18,16 @@ least-squares fit to the outputs of the layer.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
 import numpy as np
 
 METHODS = ("svd", "tucker", "cp", "spatial")
-_SWEEPS = {"tucker": 10, "cp": 100}  # of the alternating least squares
+_TUCKER_SWEEPS = 10  # of the alternating least squares
+_CP_SWEEPS = 50
+_CP_QUICK = 25
 _TALL = 8  # a matrix with so many times more rows than columns is decomposed by the product W' W
 
 
@@ -88,7 +91,8 @@ def decompose(
       method: one of METHODS.
       ranks: see `Factors`.
       moment: of the inputs of the layer; None where nothing is known of them.
-      quick: whether tucker may stop at the truncated higher-order SVD, where its alternating least squares start.
+      quick: whether tucker may stop at the truncated higher-order SVD, where its alternating least squares start, and
+        cp after a few sweeps of them.
 
     Returns:
       The factors, of balanced norms.
@@ -98,7 +102,7 @@ def decompose(
         arrays = _svd(_matrix(kernel), ranks[0], None if moment is None else moment.root)
         return _balanced(Factors(method, ranks, arrays))
     mixed = kernel if moment is None else np.einsum("ji,xyio->xyjo", moment.mix, kernel, optimize=True)
-    compute = _truncated if quick and method == "tucker" else _ALTERNATING[method]
+    compute = (_QUICK if quick else _ALTERNATING)[method]
     plain = Factors(method, ranks, compute(mixed, ranks))
     if moment is None:
         return _balanced(plain)
@@ -201,15 +205,15 @@ def _tucker(kernel: np.ndarray, ranks: tuple[int, ...]) -> tuple[np.ndarray, ...
     from tensorly.decomposition import partial_tucker
 
     (core, (inner, outer)), _ = partial_tucker(
-        kernel, list(ranks), modes=[2, 3], n_iter_max=_SWEEPS["tucker"], svd=_left, random_state=0
+        kernel, list(ranks), modes=[2, 3], n_iter_max=_TUCKER_SWEEPS, svd=_left, random_state=0
     )
     return inner, core, outer.T
 
 
-def _cp(kernel: np.ndarray, ranks: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+def _cp(kernel: np.ndarray, ranks: tuple[int, ...], sweeps: int = _CP_SWEEPS) -> tuple[np.ndarray, ...]:
     from tensorly.decomposition import parafac
 
-    found = parafac(kernel, ranks[0], n_iter_max=_SWEEPS["cp"], tol=1e-6, svd=_left, random_state=0)
+    found = parafac(kernel, ranks[0], n_iter_max=sweeps, tol=1e-6, svd=_left, random_state=0)
     high, wide, inner, outer = found.factors
     return inner * found.weights, high, wide, outer.T
 
@@ -222,11 +226,13 @@ def _left(matrix: np.ndarray, n_eigenvecs: int | None = None, **_: object) -> tu
     return vectors[:, :n_eigenvecs], values[:n_eigenvecs], right[:n_eigenvecs]
 
 
-_ALTERNATING: dict[str, Callable[[np.ndarray, tuple[int, ...]], tuple[np.ndarray, ...]]] = {
+_Method = Callable[[np.ndarray, tuple[int, ...]], tuple[np.ndarray, ...]]
+_ALTERNATING: dict[str, _Method] = {
     "tucker": _tucker,
     "cp": _cp,
     "spatial": _spatial,
 }
+_QUICK: dict[str, _Method] = {**_ALTERNATING, "tucker": _truncated, "cp": functools.partial(_cp, sweeps=_CP_QUICK)}
 
 
 def _fitted(factors: Factors, kernel: np.ndarray, moment: Moment) -> Factors:

@@ -2,8 +2,8 @@
 
     energy   for each layer the cheapest factors with an error of at most 1 - energy, see `tfopt.factors.error`
     vbmf     the same, with the error that the ranks found by variational Bayes leave (Kim et al. 2016)
-    flops    min sum_L c_L e_L(ranks)  so that a share of the FLOPs goes: greedily by error for each FLOP saved, on the
-             lower convex hull of each layer; c_L is how much of its own error a layer passes on to the outputs
+    flops    min sum_L h_L(e_L)  so that a share of the FLOPs goes: greedily by harm for each FLOP saved, on the lower
+             convex hull of each layer; h_L is the error of the outputs, as a function of the layer's own
 
 `svd` and `spatial` have their errors from one spectrum, `tucker` from the truncated higher-order SVD, for all ranks at
 once; without rows these are exact. With rows the points that are looked at are computed.
@@ -12,7 +12,7 @@ once; without rows these are exact. With rows the points that are looked at are 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -25,7 +25,8 @@ STEP = 8  # larger ranks are multiples of it: kernels work in such blocks, and 9
 WORST = 0.5  # for the sake of FLOPs no layer gets a larger error than this share of its output
 GAIN = 0.95  # factors that cost more than this are not worth two ops in the place of one
 POINTS = 10  # of each method, in a search over all layers
-CP_ELEMENTS = 40_000  # cp is found by alternating least squares at each rank: for larger kernels by name only
+CP_ELEMENTS = 20_000  # cp is found by alternating least squares at each rank: for larger kernels by name only
+_CP_SHARES = np.linspace(0.1, GAIN, 8), np.linspace(0.1, 0.55, 4)  # prices that are tried: alone, and beside others
 MINIMIZE = ("auto", "flops", "bytes")
 
 _Place = tuple[float, float, tuple[int, ...]]  # price, error by the spectrum, ranks
@@ -60,6 +61,7 @@ class Options:
 
     def __init__(self, layer: Layer, moment: Moment | None, methods: Sequence[str], minimize: str):
         self.layer, self.moment, self.minimize = layer, moment, minimize
+        self.several = len(methods) > 1
         self.fronts = {method: self._front(method) for method in methods if method in layer.methods()}
         self._made: dict[tuple[str, tuple[int, ...]], Choice] = {}
 
@@ -82,7 +84,7 @@ class Options:
         inputs, outputs = self.layer.kernel.shape[2:]
         if method == "cp":
             unit = self.price(self.layer.macs("cp", (1,)), self.layer.elements("cp", (1,)))
-            ranks = sorted({rounded(share / unit) for share in np.linspace(0.1, GAIN, POINTS - 2)})
+            ranks = sorted({rounded(share / unit) for share in _CP_SHARES[self.several]})
             found: list[_Place] = [(self._price(method, (r,)), float("nan"), (r,)) for r in ranks if r]
             return [point for point in found if self._allowed(method, point[2])]
         points: list[_Place]
@@ -205,7 +207,7 @@ def _tail(squares: np.ndarray) -> np.ndarray:
 def allot(
     options: Mapping[str, list[Choice]],
     whole: Mapping[str, int],
-    passed_on: Mapping[str, float],
+    harm: Mapping[str, Callable[[float], float]],
     wanted: int,
 ) -> dict[str, Choice]:
     """Chooses for all layers together, so that multiply-accumulates go and the errors add up to little.
@@ -213,7 +215,7 @@ def allot(
     Args:
       options: layer -> what it may be replaced by.
       whole: layer -> its multiply-accumulates.
-      passed_on: layer -> noise of the outputs for each noise of the layer.
+      harm: layer -> function from its error to that of the outputs.
       wanted: how many multiply-accumulates are to go.
 
     Returns:
@@ -221,7 +223,7 @@ def allot(
     """
     steps = []
     for name, choices in options.items():
-        saved = [(whole[name] - choice.macs, passed_on[name] * choice.error, choice) for choice in choices]
+        saved = [(whole[name] - choice.macs, harm[name](choice.error), choice) for choice in choices]
         hull = _hull(saved)
         steps += [
             ((b[1] - a[1]) / (b[0] - a[0]), name, number, b)
@@ -240,6 +242,25 @@ def allot(
         chosen[name] = last if others + saved_now >= wanted else step
         gone[name] = whole[name] - chosen[name].macs
     return chosen
+
+
+def interpolated(errors: Sequence[float], harms: Sequence[float]) -> Callable[[float], float]:
+    """A function through measured points: never falling, straight in logarithms, proportional beyond them.
+
+    Args:
+      errors: of a layer, positive.
+      harms: of the outputs, at these.
+    """
+    order = np.argsort(errors)
+    x = np.log(np.maximum(np.asarray(errors, np.float64)[order], 1e-12))
+    y = np.log(np.maximum(np.maximum.accumulate(np.asarray(harms, np.float64)[order]), 1e-15))
+
+    def harm(error: float) -> float:
+        point = float(np.log(max(error, 1e-12)))
+        beyond = point - float(np.clip(point, x[0], x[-1]))
+        return float(np.exp(np.interp(point, x, y) + beyond))
+
+    return harm
 
 
 _Point = tuple[int, float, Choice | None]

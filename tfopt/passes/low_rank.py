@@ -9,6 +9,7 @@ there are rows the factors are those that keep the outputs of the layer, not its
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,10 @@ import numpy as np
 from tfopt.cost import graph_cost
 from tfopt.data import Dataset
 from tfopt.errors import TfoptError
-from tfopt.factors import METHODS, error
+from tfopt.factors import METHODS, decompose, error
 from tfopt.graph import split
 from tfopt.inline import label, tensor_names
-from tfopt.low_rank_choice import CP_ELEMENTS, MINIMIZE, WORST, Choice, Options, allot, vbmf_error
+from tfopt.low_rank_choice import CP_ELEMENTS, MINIMIZE, WORST, Choice, Options, allot, interpolated, vbmf_error
 from tfopt.low_rank_edit import replace
 from tfopt.low_rank_inputs import MAX_SIZE, computed, moments
 from tfopt.low_rank_layers import RULE, Layer, find
@@ -31,8 +32,9 @@ from tfopt.rules.channels import kept
 from tfopt.sensitivity import sensitivity
 
 RANKS = ("energy", "flops", "vbmf")
-_SENSITIVITY_ROWS = 256
-_PROBE = 0.1  # the error at which it is measured what of it reaches the outputs
+_PROBES = 6  # errors of each layer at which it is tried what they do to the outputs
+_PROBE_ELEMENTS = 1 << 22  # of larger layers fewer, since all that is tried is held in memory
+_PROBE_ROWS = 1 << 14  # in all
 
 
 def run(
@@ -102,7 +104,10 @@ def run(
     else:
         for weight, each in options.items():
             try:
-                chosen[weight] = each.within(1 - energy if rank == "energy" else vbmf_error(each.layer, each.moment))
+                bound = 1 - energy if rank == "energy" else vbmf_error(each.layer, each.moment)
+                if rank == "vbmf" and bound > WORST:
+                    raise Refused(f"by variational Bayes {bound:.2g} of what it gives is noise, which is not believed")
+                chosen[weight] = each.within(bound)
             except Refused as reason:
                 log.refused[RULE, weight] = str(reason)
     if not chosen:
@@ -187,34 +192,41 @@ def _by_flops(
             if not points[weight]:
                 log.refused[RULE, weight] = each.nothing(WORST)
     points = {weight: found for weight, found in points.items() if found}
-    passed_on = _passed_on(model, data, options, points, rows)
-    chosen = allot(points, whole, passed_on, wanted)
+    chosen = allot(points, whole, _harms(model, data, options, points, rows), wanted)
     for weight in points:
         if weight not in chosen:
             log.refused[RULE, weight] = "the FLOPs go with less harm elsewhere"
     return chosen
 
 
-def _passed_on(
+def _harms(
     model: Model,
     data: Data,
     options: dict[str, Options],
     points: dict[str, list[Choice]],
     rows: Dataset | None,
-) -> dict[str, float]:
-    """Weight -> how much of the error of the layer reaches the outputs; 1 for all where there are no rows."""
+) -> dict[str, Callable[[float], float]]:
+    """Weight -> what an error of the layer does to the outputs, by trying some; the error itself without rows."""
     if rows is None:
-        return dict.fromkeys(points, 1.0)
-    changes, errors = {}, {}
+        return dict.fromkeys(points, float)
+    errors: dict[str, list[float]] = {}
+    changes: dict[str, dict[str, np.ndarray]] = {}
     for weight, found in points.items():
-        probe = min(found, key=lambda choice: abs(choice.error - _PROBE))
-        layer, moment = options[weight].layer, options[weight].moment
-        made = options[weight].built(probe)
-        errors[weight] = max(error(layer.kernel, made, moment), 1e-9)
-        changes[weight] = {weight: layer.restored(made.kernel(layer.kernel.shape))}
-    some = rows.take(slice(0, None, -(-len(rows) // _SENSITIVITY_ROWS)))
-    measured = sensitivity(model, data.signature, some, changes)
-    return {weight: max(measured[weight], 1e-12) / errors[weight] for weight in points}
+        layer = options[weight].layer
+        ordered = sorted(found, key=lambda choice: choice.error)
+        count = min(len(ordered), max(2, min(_PROBES, _PROBE_ELEMENTS // layer.kernel.size)))
+        errors[weight] = []
+        for place in np.linspace(0, len(ordered) - 1, count):
+            choice = ordered[round(place)]
+            made = decompose(layer.kernel, choice.method, choice.ranks, options[weight].moment, quick=True)
+            changes[f"{weight} {len(errors[weight])}"] = {weight: layer.restored(made.kernel(layer.kernel.shape))}
+            errors[weight].append(max(choice.error, 1e-9))
+    few = max(_PROBE_ROWS // len(changes), 32)
+    measured = sensitivity(model, data.signature, rows.take(slice(0, None, -(-len(rows) // few))), changes)
+    return {
+        weight: interpolated(found, [measured[f"{weight} {number}"] for number in range(len(found))])
+        for weight, found in errors.items()
+    }
 
 
 def _factor(model: Model, log: Log, options: Options, choice: Choice) -> None:
