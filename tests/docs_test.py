@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 from tests.conftest import REPO
-from tfopt import passes, recipe
+from tfopt import passes, recipe, recovery
 from tfopt.model import load
 from tfopt.rewrite import Log
 
@@ -24,17 +24,22 @@ def blocks(name: str, language: str) -> list[str]:
 
 def test_recipes_page_names_every_recipe_and_pass():
     text = (REPO / "docs" / "recipes.md").read_text()
+    recipes, techniques = text.split("## The passes")
     lossless = recipe.NAMED["lossless"]["passes"]
     for name, named in recipe.NAMED.items():
         steps = [step if isinstance(step, str) else step["pass"] for step in named["passes"]]
         if steps[: len(lossless)] == lossless and len(steps) > len(lossless):
             steps[: len(lossless)] = ["the lossless ones"]
-        (row,) = re.findall(rf"^\| `{name}`.*$", text, re.MULTILINE)
+        (row,) = re.findall(rf"^\| `{name}`.*$", recipes, re.MULTILINE)
         if steps:
             assert row.split("|")[2].strip() == ", ".join(steps)
+    (training,) = re.findall(r"have these options\ntoo: (.*?)\n\n", text, re.DOTALL)
+    assert dict(re.findall(r"`(\w+)`\s\(([\w.-]+)", training)) == {o: str(v) for o, v in recovery.OPTIONS.items()}
     for name in passes.NAMES:
-        (row,) = re.findall(rf"^\| `{name}` \|.*$", text, re.MULTILINE)
-        assert re.findall(r"`(\w+)` \(([\w.-]*)\)", row) == [(o, str(v)) for o, v in passes.get(name).options.items()]
+        shared = recovery.OPTIONS.keys() <= passes.get(name).options.keys()
+        (row,) = re.findall(rf"^\| `{name}` \|.*$", techniques, re.MULTILINE)
+        own = {o: v for o, v in passes.get(name).options.items() if not shared or recovery.OPTIONS.get(o) != v}
+        assert re.findall(r"`(\w+)` \(([\w.-]*)\)", row) == [(option, str(default)) for option, default in own.items()]
 
 
 def test_example_recipe_is_legal():

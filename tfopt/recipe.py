@@ -39,6 +39,7 @@ NAMED: dict[str, dict[str, Any]] = {
     "prune_2_4": {"passes": [*_LOSSLESS, {"pass": "prune_magnitude", "pattern": "2:4"}, "quantize"]},
     "slim50": {"passes": [*_LOSSLESS, {"pass": "prune_channels", "share": 0.5}, "quantize"]},
     "cluster16": {"passes": [*_LOSSLESS, {"pass": "cluster", "clusters": 16}, "quantize"]},
+    "low_rank": {"passes": [*_LOSSLESS, {"pass": "low_rank", "rank": "flops"}, "quantize"]},
     "deep_compression": {
         "passes": [*_LOSSLESS, {"pass": "prune_magnitude", "sparsity": 0.9}, "cluster", "train_quantized"],
         "tflite": ["int8"],
