@@ -16,6 +16,7 @@ from benchmarks.quantization_cases import case
 from benchmarks.samples import DATA as SHARED_DATA
 
 DATA = fashion.DATA
+REPRESENTATIVE = 1_000
 KWS_SEEN = 300  # of 500 rows
 FACES = {"train": 2_000, "test": 500}  # made-up pictures for the net that reads faces
 
@@ -56,17 +57,15 @@ def subject(name: str) -> Subject:
     if name in fashion.KNOWN:
         splits = fashion.data()
         if name == "fashion_lenet5":  # beside TFMOT: rows as they are
-            train, unlabelled = splits["train"], splits["representative"]
+            files = splits["representative"], splits["train"], splits["representative"]
         else:
-            train, unlabelled = _changed("fashion", splits["train"], mirrored=True, copies=1)
-        saved_model = fashion.models([name])[name]
-        return Subject(name, saved_model, "image", splits["representative"], train, unlabelled, splits["test"])
+            files = _changed("fashion", splits["train"], mirrored=True, copies=1)
+        return Subject(name, fashion.models([name])[name], "image", *files, splits["test"])
     net, _, seed = name.rpartition("_")
     if net in mnist.NETS:
         splits = mnist.data()
-        train, unlabelled = _changed("mnist", splits["train"], mirrored=False, copies=2)
-        saved_model, _ = mnist.model(net, int(seed))
-        return Subject(name, saved_model, "image", splits["representative"], train, unlabelled, splits["test"])
+        files = _changed("mnist", splits["train"], mirrored=False, copies=2)
+        return Subject(name, mnist.model(net, int(seed))[0], "image", *files, splits["test"])
     paths = all_models([name])
     if not paths:
         raise SystemExit(f"{name}: its files are not on this machine")
@@ -78,7 +77,7 @@ def subject(name: str) -> Subject:
         test = DATA / "kws300_test.npz"
         if not test.is_file():
             np.savez(test, input_1=images[KWS_SEEN:], label=labels[KWS_SEEN:])
-        return Subject(name, saved_model, "input_1", files[2], *files[1:], test)
+        return Subject(name, saved_model, "input_1", files[2], *files[1:], test)  # all that there is
     if name == "mobilenet-v1-025":
         found = case(name)
         return Subject(
@@ -92,15 +91,15 @@ def _write(prefix: str, key: str, images: np.ndarray, labels: np.ndarray) -> tup
     files = tuple(DATA / f"{prefix}_{kind}.npz" for kind in ("representative", "labelled", "unlabelled"))
     if not all(file.is_file() for file in files):
         DATA.mkdir(parents=True, exist_ok=True)
-        chosen = np.random.default_rng(SEED).choice(len(images), min(200, len(images)), replace=False)
+        chosen = np.random.default_rng(SEED).choice(len(images), min(REPRESENTATIVE, len(images)), replace=False)
         np.savez(files[0], **{key: images[chosen]})
         np.savez(files[1], **{key: images}, label=labels)
         np.savez(files[2], **{key: images})
     return files[0], files[1], files[2]
 
 
-def _changed(prefix: str, train: Path, mirrored: bool, copies: int) -> tuple[Path, Path]:
-    """Returns (labelled, unlabelled) files of the training rows and of copies that are moved by up to 1 pixel."""
+def _changed(prefix: str, train: Path, mirrored: bool, copies: int) -> tuple[Path, Path, Path]:
+    """Returns what `_write` does, of the training rows and of copies that are moved by up to 1 pixel."""
     if not (DATA / f"{prefix}_changed_unlabelled.npz").is_file():
         stored, rng = np.load(train), np.random.default_rng(SEED)
         images, labels = stored["image"], stored["label"]
@@ -114,7 +113,9 @@ def _changed(prefix: str, train: Path, mirrored: bool, copies: int) -> tuple[Pat
                 moved[turned] = moved[turned, :, ::-1]
             parts.append(moved)
         _write(f"{prefix}_changed", "image", np.concatenate(parts), np.tile(labels, copies + 1))
-    return DATA / f"{prefix}_changed_labelled.npz", DATA / f"{prefix}_changed_unlabelled.npz"
+    kinds = "representative", "labelled", "unlabelled"
+    representative, labelled, unlabelled = (DATA / f"{prefix}_changed_{kind}.npz" for kind in kinds)
+    return representative, labelled, unlabelled
 
 
 def _faces(name: str, saved_model: Path) -> Subject:
