@@ -151,12 +151,13 @@ def test_two_of_four_stay_through_quantization(folder):
     assert np.isfinite(answers).all() and np.ptp(answers) > 0
 
 
+@pytest.mark.slow
 def test_sparse_clustered_and_quantized_in_the_device_file(folder, tmp_path):
     recipe = tmp_path / "pcqat.json"
     passes = [
         *NAMED["lossless"]["passes"],
-        {"pass": "prune_magnitude", "sparsity": 0.8, "epochs": 2, "batch_size": 16},
-        {"pass": "cluster", "clusters": 8, "epochs": 1, "batch_size": 16},
+        {"pass": "prune_magnitude", "sparsity": 0.8, "epochs": 2, "min_steps": 0, "batch_size": 16},
+        {"pass": "cluster", "clusters": 8, "epochs": 1, "min_steps": 0, "batch_size": 16},
         {"pass": "train_quantized", "epochs": 1, "batch_size": 16},
     ]
     recipe.write_text(json.dumps({"passes": passes, "tflite": ["int8"]}))
@@ -196,7 +197,8 @@ def test_the_keyword_model(shared, tmp_path):
     np.savez(tmp_path / "rows.npz", input_1=data["input_1"][:200])
     recipe = tmp_path / "pcqat.json"
     quick = {"epochs": 1, "batch_size": 32}
-    passes = [{"pass": "prune_magnitude", **quick}, {"pass": "cluster", **quick}, {"pass": "train_quantized", **quick}]
+    passes = [{"pass": name, "min_steps": 0, **quick} for name in ("prune_magnitude", "cluster")]
+    passes.append({"pass": "train_quantized", **quick})
     recipe.write_text(json.dumps({"passes": [*NAMED["lossless"]["passes"], *passes], "tflite": ["int8"]}))
     options = Options(recipe=str(recipe), engine="tfmot", representative_data=str(tmp_path / "rows.npz"))
     result = optimize(shared / "models" / "kws-ds-cnn" / "saved_model", tmp_path / "out", options)

@@ -176,7 +176,14 @@ def test_what_tfmot_refuses_ends_in_a_line(model, reason, keras2, child):
         "labelled": None,
         "labels": None,
     }
-    job |= {"epochs": 1, "batch_size": 8, "learning_rate": 1e-4, "alpha": 0.5, "destination": str(keras2 / "none")}
+    job |= {
+        "epochs": 1,
+        "min_steps": 0,
+        "batch_size": 8,
+        "learning_rate": 1e-4,
+        "alpha": 0.5,
+        "destination": str(keras2 / "none"),
+    }
     with pytest.raises(ChildError) as raised:
         child.ask(job, 60)
     assert reason in str(raised.value) and "\n" not in str(raised.value)
@@ -243,6 +250,8 @@ def test_the_keyword_model_by_its_flags(shared, tmp_path, capsys):
             [("bfloat16", {}), ("cluster", {})],
             "bfloat16 stands before cluster, which starts from the Keras model again",
         ),
+        ([("equalize", {}), ("train_quantized", {})], "equalize stands before train_quantized"),
+        ([("cluster", {}), ("prune_magnitude", {})], "put prune_magnitude before cluster"),
         ([("prune_magnitude", {"scope": "global"})], "TFMOT has prune_magnitude with scope=layer; received global"),
         ([("cluster", {"init": "optimal"})], "init=linear or density or kmeans++; received optimal"),
         ([("cluster", {"weighting": "fisher"})], "which --engine=graph has"),

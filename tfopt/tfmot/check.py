@@ -6,11 +6,11 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tfopt import passes
+from tfopt import passes, recipe
 from tfopt.errors import TfoptError
 from tfopt.tfmot.cluster import INITS
 
-_TRAINING = ("epochs", "batch_size", "learning_rate", "alpha")
+_TRAINING = ("epochs", "min_steps", "batch_size", "learning_rate", "alpha")
 # Pass -> the options that TFMOT takes as they are, and those of which it has some values. Others keep their default.
 _TAKEN: dict[str, tuple[str, ...]] = {
     "prune_magnitude": (
@@ -47,15 +47,15 @@ def check(steps: Sequence[tuple[str, Mapping[str, Any]]], strategy: str = "") ->
         )
     for index, (name, options) in enumerate(steps):
         chosen = passes.get(name)
-        if name in PASSES or chosen.lossless:
-            pass
-        elif chosen.learns and not chosen.device:
+        if name not in PASSES and "epochs" in chosen.options:
             raise TfoptError(f"--engine=tfmot: TFMOT has no {name}; --engine=graph does")
-        elif index < theirs[-1]:
+        if name not in (*PASSES, *recipe.NAMED["lossless"]["passes"]) and index < theirs[-1]:
             raise TfoptError(
                 f"--engine=tfmot: {name} stands before {names[theirs[-1]]}, which starts from the Keras model again: "
                 "put it last, or take --engine=graph"
             )
+        if name == "prune_magnitude" and "cluster" in names[:index]:
+            raise TfoptError("--engine=tfmot: TFMOT's pruning undoes clusters; put prune_magnitude before cluster")
         for option, value in options.items() if name in PASSES else ():
             values = _ONLY[name].get(option, (chosen.options[option],))
             if option not in _TAKEN[name] and value not in values:

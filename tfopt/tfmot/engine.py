@@ -64,7 +64,7 @@ class Engine:
           log: gets what was pruned, and how the loss fell.
           data: with rows or without.
           sparsity, pattern, schedule, begin, end, frequency, skip, embeddings: as of `prune_magnitude`.
-          training: `epochs`, `batch_size`, `learning_rate` and `alpha`.
+          training: `epochs`, `min_steps`, `batch_size`, `learning_rate` and `alpha`.
 
         Raises:
           TfoptError: TFMOT refuses the model, or there is nothing in it that it prunes.
@@ -174,6 +174,7 @@ class Engine:
                 "labelled": data.labelled.inputs if data.labelled else None,
                 "labels": data.labelled.labels if data.labelled else None,
                 "seed": data.seed,
+                "min_steps": 0,
                 **training,
             }
             try:
@@ -188,7 +189,7 @@ class Engine:
         if data.checkpoint:
             log.notes.append("TFMOT keeps no checkpoint: a run that is killed starts this pass anew")
         if "losses" in found:
-            log.notes.append(_summary(found, training["epochs"]))
+            log.notes.append(_summary(found))
         elif training["epochs"]:
             log.warnings.append(
                 f"{task} by TFMOT: not recovered, there is nothing to train on; --representative_data (or --labels) "
@@ -203,11 +204,11 @@ class Engine:
         return found
 
 
-def _summary(found: Mapping[str, Any], epochs: int) -> str:
+def _summary(found: Mapping[str, Any]) -> str:
     losses, best = found["losses"], found["best"]
     return (
         f"trained by TFMOT: loss on {found['held']:,} rows held back: {losses[0]:.4g} before training, "
-        f"{losses[best]:.4g} after {best} of {epochs} epochs on {found['rows']:,} rows"
+        f"{losses[best]:.4g} after {best} of {len(losses) - 1} epochs on {found['rows']:,} rows"
     )
 
 

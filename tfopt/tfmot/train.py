@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,13 +24,23 @@ class Training:
       steps: in all epochs.
     """
 
-    def __init__(self, examples: Examples, epochs: int, batch_size: int, learning_rate: float, seed: int):
+    def __init__(
+        self, examples: Examples, epochs: int, min_steps: int, batch_size: int, learning_rate: float, seed: int
+    ):
+        """Splits the rows.
+
+        Args:
+          examples: what is learned.
+          epochs, min_steps, batch_size, learning_rate, seed: as of `tfopt.training_settings.Settings`.
+        """
         order = np.random.default_rng(seed).permutation(len(examples.inputs[0]))
         held, used = order[::_HELD_BACK], np.delete(order, slice(None, None, _HELD_BACK))
         used = used if len(used) else held
         self.examples = examples
-        self.steps = epochs * -(-len(used) // batch_size)
-        self._epochs, self._batch_size, self._learning_rate = epochs, batch_size, learning_rate
+        each = -(-len(used) // batch_size)
+        self._epochs = epochs * max(1, math.ceil(min_steps / max(1, each * epochs)))
+        self._batch_size, self._learning_rate = batch_size, learning_rate
+        self.steps = self._epochs * each
         self._held, self._used = len(held), len(used)
         self._train, self._check = (
             ([array[part] for array in examples.inputs], [array[part] for array in examples.targets])

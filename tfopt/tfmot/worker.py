@@ -29,7 +29,8 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
       job: `task`, prune, cluster or quantize, and its `options`; `source`, a Keras file or a SavedModel;
         `allow_unsafe`; `state`, what an earlier job gave, or None; `destination`; `ends`, signature -> (names of
         inputs, names of outputs); `main`, the signature that the rows are of; `rows` and `labelled`, arrays by input
-        name or None; `labels`; `epochs`, `batch_size`, `learning_rate`, `alpha`, `seed`.
+        name or None; `labels`; `epochs`, `min_steps`, `batch_size`, `learning_rate`, `alpha`,
+        `seed`.
 
     Returns:
       What the task found; `state`, for the next job of this model: its weights, and whether batch norms were folded.
@@ -45,12 +46,12 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     student, folded = copied(original), False
     if job["state"] is not None:
         weights, folded = job["state"]
-        student = fold_batch_norms(original) if folded else student
+        student = fold_batch_norms(student) if folded else student
         student.set_weights(weights)
     if job["task"] == "cluster" and not folded:  # pruning and quantization do better with batch norms
         student, folded = fold_batch_norms(student), True
     found = examples(original, ends[job["main"]][0], job)
-    settings = (job[name] for name in ("epochs", "batch_size", "learning_rate", "seed"))
+    settings = (job[name] for name in ("epochs", "min_steps", "batch_size", "learning_rate", "seed"))
     training = Training(found, *settings) if found else None
     if job["task"] == "quantize":
         assert training is not None
