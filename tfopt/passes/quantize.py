@@ -17,7 +17,7 @@ from tfopt.data import Dataset, batch_size
 from tfopt.errors import TfoptError
 from tfopt.function import Function
 from tfopt.graph import split
-from tfopt.invariants import clusters
+from tfopt.invariants import clusters, has_one_table
 from tfopt.losses import heads, trainable_outputs
 from tfopt.model import Model
 from tfopt.passes import Data, Pass, equalize
@@ -115,11 +115,19 @@ def calibrate(
         chosen = max(tried, key=lambda method: tried[method])
         others = ", ".join(f"{method} {ratio:.1f}" for method, ratio in tried.items())
         log.notes.append(f"calibrated by {chosen} on {len(rows)} rows (signal-to-noise ratio in dB: {others})")
+    if bits == 8 and (few := sum(has_one_table(value) for value in _linear(model, where))):
+        log.notes.append(f"clustered kernels with one scale each, which keeps their values as few in the file: {few}")
     narrow = [weight.linear and (weight.low or bits == 8) for weight in where.weights]
     log.applied[f"weight in {bits} bits"] = sum(narrow)
     log.applied["constant in 8 bits"] = len(narrow) - sum(narrow)
     log.applied["activation in 8 bits"] = len(where.activations)
     return found, where
+
+
+def _linear(model: Model, where: Sites) -> list[np.ndarray]:
+    """The kernels of convolutions and products, each once."""
+    values = {weight.ref: model.graph.constant(weight.ref) for weight in where.weights if weight.linear}
+    return [value for value in values.values() if value is not None]
 
 
 def _apart(model: Model, signature: str) -> list[str]:
