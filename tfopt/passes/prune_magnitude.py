@@ -16,15 +16,20 @@ from typing import Any
 import numpy as np
 
 from tfopt import recovery
+from tfopt.data import Dataset
 from tfopt.errors import TfoptError
 from tfopt.kernels import CONVOLUTION, DEPTHWISE, EMBEDDING, Kernel, kernels
 from tfopt.masks import Masks, Timing
 from tfopt.model import Model
+from tfopt.moments import Moments
 from tfopt.passes import Data, Pass
+from tfopt.passes.quantize import decibel
 from tfopt.rewrite import Log, Refused
 from tfopt.sparsity import Layer, Pattern, Rule, zeros
 from tfopt.trainable import demote, promote
 
+_COMPARED = 128  # rows
+_GAIN = 3.0  # dB
 _LISTED = 60  # layers in a note
 _GZIPPED = 1 << 28  # more bytes than this are not compressed to see how small they would be
 
@@ -53,7 +58,8 @@ def run(
     Args:
       model: the model.
       log: gets the share of zeros of each layer, what is left dense and why, and how the loss fell.
-      data: the rows to train on; without any the smallest weights go at once, and nothing is trained.
+      data: the rows to train on; without any the smallest weights go at once, and nothing is trained. With `epochs` 0
+        they serve to restore what each layer gives on average (see `tfopt.moments`).
       sparsity: the share of zeros in all kernels that are pruned, together.
       scope: "global" takes from each layer what it has to give, "layer" the same share from each.
       criterion: by which weights of several layers are compared: "lamp" or "magnitude" (see `tfopt.sparsity`).
@@ -95,6 +101,11 @@ def run(
             raise TfoptError(f"prune_magnitude: no kernel of the model can be pruned: {reasons}")
         before = {name: model.weights[name] for name in layers}
         share = 1.0 if rule.pattern.of else sparsity
+        rows = data.rows or data.labelled
+        if rows is not None and not training.get("epochs", recovery.OPTIONS["epochs"]):
+            dense, moments = model.copy(), Moments(model, data.signature, rows)
+            _cut(model, layers, rule, share)
+            _restore(model, dense, moments, log, data.signature, rows)
         masks = Masks({name: model.weights[name] for name in promoted}, layers, rule, share, timing)
         trained = recovery.recover(
             model,
@@ -107,13 +118,34 @@ def run(
             **training,
         )
         # Where nothing was trained, or the training ended before the schedule; otherwise this changes nothing.
-        pruned = {name: model.weights[name] for name in layers}
-        for name, stays in rule.masks(layers, pruned, share).items():
-            model.weights[name] = np.where(stays, pruned[name], np.float32(0))
+        _cut(model, layers, rule, share)
         log.applied["kernel pruned"] += len(layers)
         _notes(model, log, found, before, sparsity, rule, trained is not None)
     finally:
         demote(model, promoted)
+
+
+def _restore(model: Model, dense: Model, moments: Moments, log: Log, signature: str, rows: Dataset) -> None:
+    """Restores means and spreads of layers, in place, where that brings the outputs much nearer to what they were."""
+    few, cut = rows.take(slice(0, _COMPARED)), dict(model.weights)
+    before = decibel(dense, model, signature, few)
+    count = moments.restore(model)
+    after = decibel(dense, model, signature, few)
+    log.notes.append(
+        f"outputs, signal to noise: {before:.1f} dB after pruning, {after:.1f} dB with the means and spreads of "
+        "layers restored"
+    )
+    if after > before + _GAIN:
+        log.applied["layer with its mean and spread restored"] += count
+    else:  # where little of the signal is left, scaling it up is scaling up noise
+        model.weights.update(cut)
+
+
+def _cut(model: Model, layers: Mapping[str, Layer], rule: Rule, share: float) -> None:
+    """Sets weights to zero, in place."""
+    values = {name: model.weights[name] for name in layers}
+    for name, stays in rule.masks(layers, values, share).items():
+        model.weights[name] = np.where(stays, values[name], np.float32(0))
 
 
 def _layers(
