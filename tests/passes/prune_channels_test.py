@@ -182,15 +182,15 @@ def test_a_killed_run_goes_on_with_what_it_chose(wide, tmp_path):
         np.testing.assert_array_equal(weight, again.weights[name])
 
 
-def test_latency_is_a_share_of_flops_in_the_end(wide, monkeypatch):
+def test_latency_is_measured_until_it_is_low_enough(wide, monkeypatch):
     def times(models, signature, inputs):
         assert inputs["x"].shape == (1, 8, 8, 6)
         return {name: 1.0 + _flops(each) / _flops(wide) for name, each in models.items()}
 
     monkeypatch.setattr(latency, "_times", times)
     pruned, log = _prune(wide, target="latency", share=0.25, round_to=1)
-    assert 0.4 * _flops(wide) < _flops(pruned) <= 0.5 * _flops(wide)
-    assert sum("of the FLOPs less" in note for note in log.notes) == 4
+    assert 0.35 * _flops(wide) < _flops(pruned) <= 0.5 * _flops(wide)
+    assert sum("estimated to take" in note for note in log.notes) == 4
     with pytest.raises(TfoptError, match="latency falls by less than 60%"):
         _prune(wide, target="latency", share=0.6)
 

@@ -1,4 +1,7 @@
-"""The share of FLOPs that has to go for a latency: found by building TFLite files and timing them in LiteRT."""
+"""How much has to go for a latency: found by building TFLite files and timing them in LiteRT.
+
+What goes is chosen by an estimate of time (`Channels.time`); how far it holds on this machine is what is measured.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from tfopt.model import Model
 from tfopt.verify import features, input_specs
 
 _ROUNDS = 4
-_MOST = 0.95  # of the FLOPs
+_MOST = 0.95  # of the estimated time
 
 
 def share_for(
@@ -29,7 +32,7 @@ def share_for(
     share: float,
     choose: Callable[[float], np.ndarray],
 ) -> tuple[float, list[str]]:
-    """The smallest share of FLOPs, of those tried, with which latency falls by a share.
+    """The smallest share of the estimated time, of those tried, with which latency falls by a share.
 
     Args:
       model: whole.
@@ -37,10 +40,10 @@ def share_for(
       rows: of which one is the input; None draws one.
       seed: of what is drawn.
       share: of the median latency of the model's float32 file that has to go.
-      choose: share of the FLOPs -> mask over the classes of the model's channels.
+      choose: share of the estimated time -> mask over the classes of the model's channels.
 
     Returns:
-      The share of the FLOPs, and what was measured in words.
+      The share of the estimated time, and what was measured in words.
 
     Raises:
       TfoptError: the model cannot be converted or run, or gets no faster than asked for.
@@ -57,7 +60,7 @@ def share_for(
         cut.graph.sweep()
         times = _times({"whole": model, "cut": cut}, signature, inputs)
         faster = 1 - times["cut"] / times["whole"]
-        notes.append(f"{tried:.0%} of the FLOPs less: {times['cut']:.3g} ms of {times['whole']:.3g} ms")
+        notes.append(f"estimated to take {tried:.0%} less: {times['cut']:.3g} ms of {times['whole']:.3g} ms")
         if faster >= share:
             high = reached = tried
         else:

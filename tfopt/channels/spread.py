@@ -21,7 +21,7 @@ import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from tfopt.channels.ids import Axes, Ids, live
-from tfopt.graph import Shape, join, split
+from tfopt.graph import Shape, called_functions, join, split
 from tfopt.model import Model
 
 Kept = Callable[[np.ndarray], np.ndarray]  # from an axis to the mask of what stays of it
@@ -190,6 +190,8 @@ class Spread:
         if node.op in ("Const", "Placeholder") and self._constant(node):
             return
         reason = f"{node.op} {node.name!r} is not followed"
+        if called_functions(node):
+            reason = f"channels are not followed into {node.op} {node.name!r}, a loop, branch or call"
         if node.op in ("Placeholder", "PlaceholderWithDefault", "VarHandleOp"):
             self.fixed(node, "they come from outside")
             return

@@ -92,16 +92,13 @@ def run(
         restored = _restored(channels, model, store)
         if restored is not None:
             kept, share = restored
-            target = "flops" if target == "latency" else target
         else:
             moments = second_moments(channels, model, data.signature, rows) if compensation and rows is not None else {}
             choose = chooser(channels, model, data, rules, moments)
-            if target == "latency":  # from here on it is a share of the FLOPs
-                macs = channels.macs(channels.everything())
-                tried = _at(choose, channels.macs, macs)
+            if target == "latency" and step == 1:  # from here on it is a share of the estimated time
+                tried = _at(choose, channels.time, start.time)
                 share, notes = share_for(model, data.signature, rows, data.seed, share, tried)
                 log.notes += notes
-                target = "flops"
             kept = choose(_cost(channels, target), start.of_target(target) * (1 - share) ** (step / steps))
             changed = compensate(channels, model, moments, kept)
             _save(model, store, kept, share, changed)
@@ -123,18 +120,19 @@ def run(
 
 @dataclasses.dataclass(frozen=True)
 class _Size:
-    """What a model costs: multiply-accumulates at batch 1, and elements of float constants."""
+    """What a model costs: multiply-accumulates at batch 1, elements of float constants, and an estimate of time."""
 
     macs: float
     parameters: int
+    time: float
 
     @classmethod
     def of(cls, channels: Channels) -> _Size:
         whole = channels.everything()
-        return cls(channels.macs(whole), channels.parameters(whole))
+        return cls(channels.macs(whole), channels.parameters(whole), channels.time(whole))
 
     def of_target(self, target: str) -> float:
-        return self.parameters if target == "params" else self.macs
+        return {"flops": self.macs, "params": self.parameters, "latency": self.time}[target]
 
 
 def _check(target: str, share: float, steps: int) -> None:
@@ -147,7 +145,8 @@ def _check(target: str, share: float, steps: int) -> None:
 
 
 def _cost(channels: Channels, target: str) -> Cost:
-    return channels.macs if target == "flops" else lambda kept: float(channels.parameters(kept))
+    costs: dict[str, Cost] = {"flops": channels.macs, "params": channels.parameters, "latency": channels.time}
+    return costs[target]
 
 
 def _at(choose: Callable[[Cost, float], np.ndarray], cost: Cost, whole: float) -> Callable[[float], np.ndarray]:
