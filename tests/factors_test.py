@@ -53,6 +53,16 @@ def test_the_error_of_an_svd_is_what_it_leaves_out(rank):
     np.testing.assert_allclose(factors.spectrum(matrix, "svd"), singular, rtol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 30, 20), (1, 1, 20, 30), (1, 1, 300, 8)], ids=str)
+def test_large_matrices_by_their_products(shape, monkeypatch):
+    matrix = kernel(shape)
+    by_svd = decompose(matrix, "svd", (5,)).kernel(shape)
+    monkeypatch.setattr(factors, "_LARGE", 1)
+    np.testing.assert_allclose(decompose(matrix, "svd", (5,)).kernel(shape), by_svd, atol=1e-6)
+    singular = np.linalg.svd(matrix[0, 0], compute_uv=False)
+    np.testing.assert_allclose(factors.spectrum(matrix, "svd"), singular**2, rtol=1e-6)
+
+
 def test_the_spatial_split_leaves_out_what_its_spectrum_says():
     squares = factors.spectrum(kernel(), "spatial")
     assert len(squares) == 18
