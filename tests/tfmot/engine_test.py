@@ -254,7 +254,8 @@ def test_the_keyword_model_by_its_flags(shared, tmp_path, capsys):
         ([("cluster", {}), ("prune_magnitude", {})], "put prune_magnitude before cluster"),
         ([("prune_magnitude", {"scope": "global"})], "TFMOT has prune_magnitude with scope=layer; received global"),
         ([("cluster", {"init": "optimal"})], "init=linear or density or kmeans++; received optimal"),
-        ([("cluster", {"weighting": "fisher"})], "which --engine=graph has"),
+        ([("cluster", {"weighting": "fisher"})], "weighting=none; received fisher: --engine=graph has it"),
+        ([("prune_magnitude", {"depthwise": 0.5})], "depthwise=0.0; received 0.5"),
     ],
 )
 def test_what_tfmot_does_not_have_is_refused_when_it_is_read(steps, message):

@@ -145,7 +145,8 @@ class Engine:
         for layer, reason in found["refused"].items():
             log.refused["TFMOT", layer] = reason
         if not found["kernels"]:
-            raise TfoptError(f"--engine=tfmot: {self._source} has no kernel that TFMOT could have {done}")
+            reasons = "; ".join(dict.fromkeys(found["refused"].values())) or "no layer of it has one"
+            raise TfoptError(f"--engine=tfmot: {self._source} has no kernel that TFMOT could have {done}: {reasons}")
         log.applied[f"kernel {done} by TFMOT"] += len(found["kernels"])
 
     def _ask(

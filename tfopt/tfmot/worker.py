@@ -29,8 +29,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
       job: `task`, prune, cluster or quantize, and its `options`; `source`, a Keras file or a SavedModel;
         `allow_unsafe`; `state`, what an earlier job gave, or None; `destination`; `ends`, signature -> (names of
         inputs, names of outputs); `main`, the signature that the rows are of; `rows` and `labelled`, arrays by input
-        name or None; `labels`; `epochs`, `min_steps`, `batch_size`, `learning_rate`, `alpha`,
-        `seed`.
+        name or None; `labels`; `epochs`, `min_steps`, `batch_size`, `learning_rate`, `alpha`, `seed`.
 
     Returns:
       What the task found; `state`, for the next job of this model: its weights, and whether batch norms were folded.
