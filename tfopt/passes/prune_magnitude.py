@@ -64,7 +64,8 @@ def run(
       scope: "global" takes from each layer what it has to give, "layer" the same share from each.
       criterion: by which weights of several layers are compared: "lamp" or "magnitude" (see `tfopt.sparsity`).
       pattern: "" for any weights, "2:4" (N:M), which decides the share too, or "1x4" (blocks).
-      schedule: "polynomial", "constant" (all at once, chosen anew until `end`; so N:M too) or "one_shot" (all at once, for good).
+      schedule: "polynomial", "constant" (all at once, chosen anew until `end`; so N:M too) or "one_shot" (all
+        at once, for good).
       begin, end: from and until which share of the training the masks change.
       frequency: steps from one change to the next; 0 for some 50 changes in all.
       skip: regular expression; kernels of a node that it matches from the start, by its name, its op or the name of
