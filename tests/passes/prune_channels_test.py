@@ -182,6 +182,28 @@ def test_a_killed_run_goes_on_with_what_it_chose(wide, tmp_path):
         np.testing.assert_array_equal(weight, again.weights[name])
 
 
+def test_a_killed_run_ends_with_the_same_weights(wide, tmp_path, monkeypatch):
+    options = {"epochs": 2, "min_steps": 0, "steps": 2, "batch_size": 16}
+    rows = _rows()
+    whole, _ = _prune(wide, Data("serving_default", wide, rows=rows, checkpoint=tmp_path / "whole"), **options)
+    data = Data("serving_default", wide, rows=rows, checkpoint=tmp_path / "killed")
+    real, calls = prune_channels.recover, []
+
+    def killed(*arguments, **settings):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(prune_channels, "recover", killed)
+    with pytest.raises(KeyboardInterrupt):
+        _prune(wide, data, **options)
+    again, _ = _prune(wide, data, **options)
+    assert whole.weights.keys() == again.weights.keys()
+    for name, weight in whole.weights.items():
+        np.testing.assert_allclose(again.weights[name], weight, atol=1e-5)
+
+
 def test_latency_is_measured_until_it_is_low_enough(wide, monkeypatch):
     def times(models, signature, inputs):
         assert inputs["x"].shape == (1, 8, 8, 6)

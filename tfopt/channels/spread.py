@@ -206,7 +206,7 @@ class Spread:
             reason = f"{node.op} {node.name!r}: {unknown}"
         for ref in self.inputs(node):
             axes = self.axes(ref) or ()
-            if any(live(axis) for axis in axes):
+            if self.varies(ref) and any(live(axis) for axis in axes):
                 self.unknown[node.name] = reason
             self.pin(axes, reason)
         self.fixed(node, reason)

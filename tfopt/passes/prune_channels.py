@@ -29,6 +29,7 @@ from tfopt.rewrite import Log
 
 _TARGETS = ("flops", "params", "latency")
 _RULE = "channels"
+_REASONS = 3  # that an error names
 
 
 def run(
@@ -81,8 +82,9 @@ def run(
     unshare(model.graph)
     channels = Channels(model, log, _RULE)
     if not channels.groups:
-        reasons = "; ".join(dict.fromkeys(log.refused.values())) or "it has no convolution or matrix product"
-        raise TfoptError(f"prune_channels: no channel of the model can go: {reasons}")
+        reasons = list(dict.fromkeys(log.refused.values())) or ["it has no convolution or matrix product"]
+        more = f"; and {len(reasons) - _REASONS} more reasons" if len(reasons) > _REASONS else ""
+        raise TfoptError(f"prune_channels: no channel of the model can go: {'; '.join(reasons[:_REASONS])}{more}")
     start = _Size.of(channels)
     sizes = {group.name: len(group.classes) for group in channels.groups}
     for step in range(1, steps + 1):
