@@ -21,11 +21,10 @@ from tfopt.graph import WEIGHT_ELEMENTS, Graph, make_node
 from tfopt.model import Model
 from tfopt.passes import Data, Pass
 from tfopt.passes.int8_weights import FOLDED_BYTES, in_blocks, split_product
+from tfopt.recovery import recover
 from tfopt.rewrite import Log, Refused
 from tfopt.rules.channels import CONVOLUTIONS, PRODUCTS, kept, summed_axes
 from tfopt.trainable import demote, promote
-from tfopt.training import fine_tune
-from tfopt.training_loop import Settings
 
 _LINEAR = (*CONVOLUTIONS, *PRODUCTS)
 _LATENT = 0.05  # mean |L| at the start: some fifty steps of Adam at a rate of 0.001 turn a common weight around
@@ -82,23 +81,20 @@ def run(
     small = {name for name in names if model.weights[name].size < WEIGHT_ELEMENTS}
     binaries = [_latent(graph, name, axes) for name, axes in chosen.items()]
     if epochs:
-        settings = Settings(
-            epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, alpha=alpha, seed=data.seed
-        )
         own = [name for binary in binaries for name in (binary.latent, binary.scale)]
-        history = fine_tune(
+        recover(
             model,
-            data.signature,
-            data.rows,
-            data.teacher,
-            data.labelled,
-            settings,
+            log,
+            data,
+            "binarize",
             transform=_signs([binary.latent for binary in binaries]),
             names=[name for name in names if name in graph.nodes and name not in chosen] + own,
-            checkpoint=data.checkpoint,
-            title="binarize",
+            epochs=epochs,
+            min_steps=0,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            alpha=alpha,
         )
-        log.notes.append(history.summary())
     for binary in binaries:
         _pack(graph, binary, log)
     graph.sweep()
