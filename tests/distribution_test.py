@@ -81,7 +81,10 @@ def start(strategy, net, out, checkpoint="", devices=1, config=None):
 
 
 def end(process) -> str:
-    out, err = process.communicate(timeout=120)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 0, err[-3000:]
     return out.split("\n")[-2]
 
