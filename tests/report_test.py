@@ -358,10 +358,12 @@ def test_the_page_tells_the_run():
         ({"bytes": 700}, "is 30% smaller than the original;"),
         ({"bytes": 1300, "latency_ms_p50": 2.0}, "is 30% larger than the original and 0.500 times as fast;"),
         ({"bytes": 100, "max_rel_error": None}, "is 10 times smaller than the original."),
+        ({"bytes": 500, "gzip_bytes": 20}, "is 50% smaller than the original (40 times once zipped);"),
+        ({"bytes": 500, "gzip_bytes": 300}, "is 50% smaller than the original;"),
     ],
 )
 def test_headlines(change, expected):
-    original = Artifact("original", "saved_model", bytes=1000, latency_ms_p50=1.0)
+    original = Artifact("original", "saved_model", bytes=1000, gzip_bytes=800, latency_ms_p50=1.0)
     serving = dataclasses.replace(Artifact("serving", "saved_model", max_rel_error=1e-7), **change)
     assert expected in words.headline(Report(artifacts=[original, serving]))[0]
 

@@ -111,6 +111,10 @@ def _against(original: Artifact | None, artifact: Artifact) -> str:
     if original is None or not original.bytes or not artifact.bytes:
         return f"takes {size(artifact.bytes)}"
     parts = [_size_change(artifact.bytes / original.bytes)]
+    if artifact.gzip_bytes and original.gzip_bytes:
+        zipped, raw = original.gzip_bytes / artifact.gzip_bytes, original.bytes / artifact.bytes
+        if zipped > 1.5 * max(raw, 1.0):  # zeros and clusters show only then
+            parts[0] += f" ({significant(zipped, 2)} times once zipped)"
     if artifact.latency_ms_p50 and original.latency_ms_p50:
         speed = original.latency_ms_p50 / artifact.latency_ms_p50
         parts.append("as fast as it" if 0.98 <= speed <= 1.02 else f"{significant(speed)} times as fast")

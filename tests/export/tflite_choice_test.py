@@ -27,6 +27,7 @@ def _candidates(folder: Path, static: bool, *each: tuple[float | None, int, bool
         (True, [(48.0, 100, False), (50.0, 900, True)], 1),  # with a float op
         (False, [(None, 900, True), (None, 100, True)], 1),
         (True, [(float("inf"), 900, False), (60.0, 100, False)], 0),
+        (False, [(77.0, 900, True), (70.0, 100, True)], 1),  # both beyond what shows: the smaller one
     ],
 )
 def test_the_best_is_kept(tmp_path, static, each, best):

@@ -2,8 +2,9 @@
 
 Where the model is sparse or clustered, a file that is so too, where one is within 12 dB of the best: that is what makes
 it small once it is zipped. Then the highest signal-to-noise ratio, but not of a file that takes three times as long as
-another within 12 dB of it, as kernels that a delegate has not do; of those within 1 dB of it, and within 5% of the
-bytes (the gzip bytes of a sparse or clustered model) of the smallest of these, that of the engine that comes first.
+another within 12 dB of it, as kernels that a delegate has not do; of those within 1 dB of it, or beyond 65 dB, where no
+answer changes any more, and within 5% of the bytes (the gzip bytes of a sparse or clustered model) of the smallest of
+these, that of the engine that comes first.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from tfopt.export.tflite_kinds import Engine
 
 _SIMILAR = 1.0  # dB
+_ENOUGH = 65.0  # dB
 _SAME_SIZE = 1.05
 _NEAR = 12.0  # dB
 _SLOW = 3.0  # so much that no measurement is unsure of it
@@ -66,7 +68,7 @@ def choose(found: list[Candidate]) -> Candidate:
     fastest = min(each.facts.get("seconds", 0.0) for each in near)
     found = [each for each in near if each.facts.get("seconds", 0.0) <= _SLOW * fastest]
     top = max(each.snr for each in found)
-    similar = [each for each in found if each.snr == top or each.snr >= top - _SIMILAR]
+    similar = [each for each in found if each.snr == top or each.snr >= min(top - _SIMILAR, _ENOUGH)]
     smallest = min(each.stored for each in similar)
     return next(each for each in similar if each.stored <= _SAME_SIZE * smallest)
 
