@@ -30,6 +30,8 @@ def test_sparse(value, sparse):
         (RANDOM.choice(np.linspace(-1, 1, 16), (40, 50)), 16),
         (RANDOM.normal(size=(40, 50)), None),
         (np.concatenate([RANDOM.choice([0.5, 1.5], 2000), RANDOM.normal(size=2000)]).reshape(40, 100), None),
+        (np.where(RANDOM.random((64, 12)) < 0.8, 0, RANDOM.normal(size=(64, 12))), None),  # pruned, no value twice
+        (np.where(RANDOM.random((64, 12)) < 0.8, 0, RANDOM.choice([0.5, 1.5], (64, 12))), 3),
         (np.arange(8.0).reshape(2, 4), None),  # so small that all differ by chance
         (RANDOM.choice([0.5, 1.5], 2000), None),  # a vector
     ],

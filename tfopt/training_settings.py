@@ -107,6 +107,6 @@ class History:
         """What happened in one line, for a report."""
         return (
             f"loss on {self.validation_rows:,} rows {'held back' if self.apart else 'trained on'}: "
-            f"{max(self.validation[0], 0.0):.4g} before training, {self.best_loss:.4g} after {self.best_step:,} of "
+            f"{max(self.validation[0], 0.0):.4g} before training, {max(self.best_loss, 0.0):.4g} after {self.best_step:,} of "
             f"{self.steps:,} steps on {self.rows:,} rows ({self.stopped})"
         )
