@@ -105,8 +105,9 @@ class History:
 
     def summary(self) -> str:
         """What happened in one line, for a report."""
+        before, after = max(self.validation[0], 0.0), max(self.best_loss, 0.0)  # rounding makes a divergence negative
         return (
             f"loss on {self.validation_rows:,} rows {'held back' if self.apart else 'trained on'}: "
-            f"{max(self.validation[0], 0.0):.4g} before training, {max(self.best_loss, 0.0):.4g} after {self.best_step:,} of "
+            f"{before:.4g} before training, {after:.4g} after {self.best_step:,} of "
             f"{self.steps:,} steps on {self.rows:,} rows ({self.stopped})"
         )
