@@ -49,14 +49,14 @@ def has_one_table(value: np.ndarray) -> bool:
 
 
 def _few(value: np.ndarray) -> bool:
-    most = min(_VALUES, np.count_nonzero(value) // 2 + 1)  # of a pruned kernel every value may still be its own
+    most = min(_VALUES, int(np.count_nonzero(value)) // 2 + 1)  # of a pruned kernel every value may still be its own
     return len(np.unique(value.ravel()[: 4 * _VALUES])) <= most and len(np.unique(value)) <= most
 
 
 def _few_by_channel(value: np.ndarray) -> bool:
     """Whether the places along one of the axes have few values each."""
     for axis, size in enumerate(value.shape):
-        most = min(_VALUES, np.count_nonzero(value) // max(size, 1) // 8)
+        most = min(_VALUES, int(np.count_nonzero(value)) // max(size, 1) // 8)
         if most > 1 and all(len(np.unique(part)) <= most for part in np.moveaxis(value, axis, 0)):
             return True
     return False

@@ -66,7 +66,10 @@ def _quantized(student: Any, kept: dict[str, int]) -> Any:
 
         def get_quantize_config(self, layer: Any) -> Any:
             values = [weight.numpy() for weight in layer.trainable_weights]
-            sparse, clustered = any(map(invariants.is_sparse, values)), any(map(_is_clustered, values))
+            sparse, clustered = (
+                any(map(invariants.is_sparse, values)),
+                any(invariants.clusters(v) is not None for v in values),
+            )
             if not (sparse or clustered) or not zeros.PrunePreserveQuantizeRegistry.supports(layer):
                 return super().get_quantize_config(layer)
             what = " and ".join(["zeros"] * sparse + ["clusters"] * clustered)
@@ -74,7 +77,9 @@ def _quantized(student: Any, kept: dict[str, int]) -> Any:
             if not clustered:
                 return zeros.Default8bitPrunePreserveQuantizeRegistry().get_quantize_config(layer)
             config = clusters.Default8bitClusterPreserveQuantizeRegistry(sparse).get_quantize_config(layer)
-            if any(map(_has_one_table, values)):  # one scale: of its own, each channel would make other values of them
+            if any(
+                map(invariants.has_one_table, values)
+            ):  # one scale: of its own, each channel would make other values of them
                 config.weight_quantizer = clusters.ClusterPreserveDefault8BitWeightsQuantizer(sparse)
             return config
 
@@ -88,7 +93,7 @@ def _quantized(student: Any, kept: dict[str, int]) -> Any:
         """Clusters of the whole kernel where it has them: TFMOT makes them each channel's own where it can."""
         import tensorflow as tf
 
-        if not _has_one_table(weight.numpy()):
+        if not invariants.has_one_table(weight.numpy()):
             return own(layer, weight, data_format)
         values, index = clusters.get_unique(weight)
         return values, tf.size(values), index, False
@@ -96,15 +101,6 @@ def _quantized(student: Any, kept: dict[str, int]) -> Any:
     annotated = tfmot.quantization.keras.quantize_annotate_model(clone(student))
     with mock.patch.object(clusters, "get_centroids", centroids), _relu_behind_kernels():
         return tfmot.quantization.keras.quantize_apply(annotated, scheme=Scheme())
-
-
-def _is_clustered(value: np.ndarray) -> bool:
-    """Whether few values are shared by many weights: a small pruned kernel has few, and most of them once."""
-    return invariants.clusters(value) is not None and bool(2 * len(np.unique(value)) <= np.count_nonzero(value))
-
-
-def _has_one_table(value: np.ndarray) -> bool:
-    return invariants.has_one_table(value) and _is_clustered(value)
 
 
 def _relu_behind_kernels() -> Any:
