@@ -1,16 +1,17 @@
 """What channels that go meant to their readers, put on the channels that stay.
 
-    x_R ~ M x_K,  M = S_RK (S_KK + r I)^-1        S = E[x x'] over rows and positions, K kept, R removed
-    W x = W_K x_K + W_R x_R ~ (W_K + W_R M) x_K
+    x ~ M x',  M = E[x x''] (E[x' x''] + r I)^-1        x whole, x' what is left of it in the cut model, x'' transposed
+    W x ~ (W M) x'
 
-the least-squares answer of a linear layer (compare He, Zhang and Sun 2017, which solves it for whole windows): one
-product of C x C matrices for each layer, and no training. It changes weights only where all of a reader's input
-channels meet its kernel alike; sparse and clustered kernels stay as they are.
+the least-squares answer of a linear layer, over rows and positions (compare He, Zhang and Sun 2017, which solves it for
+whole windows). One layer after the other is fitted, so that each makes up for what those before it left: no training,
+and two runs of the rows for each layer. Sparse and clustered kernels stay as they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -24,7 +25,10 @@ from tfopt.invariants import clusters, is_sparse
 from tfopt.model import Model
 
 _ROWS = 256
-_RIDGE = 1e-4  # r over the mean of the diagonal of S_KK
+_RIDGE = 1e-4  # r over the mean of the diagonal
+_FLOPS = 2e13  # of all runs together, some minutes on a few cores
+_ELEMENTS = 1 << 26  # of a tensor that is held
+_LEAST_ROWS = 16
 _MAX_CHANNELS = 2048
 
 
@@ -41,30 +45,59 @@ class Reader:
 Moments = Mapping[Reader, np.ndarray]
 
 
-def compensate(channels: Channels, model: Model, moments: Moments, kept: np.ndarray) -> list[str]:
-    """Changes the kernels that read channels that go, in place, before these are cut.
+def compensate(
+    channels: Channels, whole: Model, cut: Model, moments: Moments, signature: str, rows: Dataset, kept: np.ndarray
+) -> list[str]:
+    """Fits the kernels of a cut model to the whole one, in place, in the order of the computation.
 
     Args:
-      channels: the model's.
-      model: the model.
-      moments: of what its layers read, see `second_moments`.
+      channels: of the whole model.
+      whole: the model before the cut.
+      cut: the same after it.
+      moments: which layers to fit, see `second_moments`.
+      signature: that of the rows.
+      rows: inputs; at most 256 of them are used, fewer for large models.
       kept: mask over the classes.
 
     Returns:
       The names of the kernels that changed.
     """
     changed = []
-    for reader, moment in moments.items():
-        mask = kept[channels.axis(reader.weights, reader.axis)]
-        value = model.graph.constant(reader.weights)
+    runs = 2 * max(1, len(moments)) * max(2 * channels.macs(channels.everything()), 1)
+    for reader in moments:
+        value = whole.graph.constant(reader.weights)
         assert value is not None
-        if mask.all() or is_sparse(value) or clusters(value) is not None:
+        if is_sparse(value) or clusters(value) is not None:
             continue
+        size = math.prod(n or 1 for n in channels.spread.shape(reader.x) or ())
+        count = int(np.clip(min(_FLOPS / runs, _ELEMENTS / size), _LEAST_ROWS, _ROWS))
+        before, after = (_read(model, signature, reader, rows.take(slice(0, count))) for model in (whole, cut))
+        if before.shape == after.shape and np.allclose(before, after, rtol=1e-4, atol=1e-5 * np.abs(before).max()):
+            continue  # nothing that it depends on has changed
         front = np.moveaxis(value, reader.axis, 0).astype(np.float64)
-        front[mask] += np.tensordot(_blend(moment, mask), front[~mask], axes=(0, 0))
-        model.graph.set_constant(reader.weights, np.moveaxis(front, 0, reader.axis).astype(value.dtype))
+        fitted = np.moveaxis(np.tensordot(_blend(before, after), front, axes=(0, 0)), 0, reader.axis)
+        for axis in range(value.ndim):
+            if axis != reader.axis:
+                fitted = np.compress(kept[channels.axis(reader.weights, axis)], fitted, axis=axis)
+        cut.graph.set_constant(reader.weights, fitted.astype(value.dtype))
         changed.append(reader.weights)
     return changed
+
+
+def _read(model: Model, signature: str, reader: Reader, rows: Dataset) -> np.ndarray:
+    """What a layer reads, (rows x positions, channels) float32."""
+    parts = []
+    for _, tensors in values(model, signature, [reader.x], rows):
+        table = np.moveaxis(tensors[reader.x], reader.x_axis, -1)
+        parts.append(table.reshape(-1, table.shape[-1]).astype(np.float32))
+    return np.concatenate(parts)
+
+
+def _blend(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """M, (channels before, channels after) float64."""
+    inner = (after.T @ after).astype(np.float64)
+    ridge = _RIDGE * max(float(np.trace(inner)) / len(inner), 1e-30)
+    return np.linalg.solve(inner + ridge * np.eye(len(inner)), (after.T @ before).astype(np.float64)).T
 
 
 def second_moments(channels: Channels, model: Model, signature: str, rows: Dataset) -> Moments:
@@ -130,13 +163,6 @@ def _in_order(table: np.ndarray, worth: np.ndarray) -> np.ndarray:
         inverse = inverse[np.ix_(rest, rest)] - np.outer(column, column) / inverse[least, least]
         left = left[rest]
     return found
-
-
-def _blend(moments: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """M, (removed, kept)."""
-    inner = moments[np.ix_(kept, kept)]
-    ridge = _RIDGE * max(float(np.trace(inner)) / len(inner), 1e-30)
-    return np.linalg.solve(inner + ridge * np.eye(len(inner)), moments[np.ix_(kept, ~kept)]).T
 
 
 def _readers(channels: Channels, model: Model, signature: str) -> list[Reader]:

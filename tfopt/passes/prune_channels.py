@@ -63,8 +63,8 @@ def run(
         "auto": "global", but "uniform" for l1 and l2, which say nothing across layers.
       round_to: numbers of channels are multiples of this; smaller layers have smaller steps.
       max_share: the most of a layer that goes.
-      compensation: whether kernels that read channels that go are changed so that those that stay stand in for them,
-        where there are rows.
+      compensation: whether kernels are fitted to the rows, where there are any, so that channels that stay stand in for
+        those that go.
       steps: in how many rounds the target is reached, with training after each.
       step_epochs: of the training after every round but the last.
       **training: see `tfopt.recovery.OPTIONS`; the epochs are those of the last training.
@@ -91,10 +91,8 @@ def run(
         if step > 1:
             channels = Channels(model)
         store = data.checkpoint / f"channels_{step}.npz" if data.checkpoint else None
-        restored = _restored(channels, model, store)
-        if restored is not None:
-            kept, share = restored
-        else:
+        restored = _restored(channels, store)
+        if restored is None:
             moments = second_moments(channels, model, data.signature, rows) if compensation and rows is not None else {}
             choose = chooser(channels, model, data, rules, moments)
             if target == "latency" and step == 1:  # from here on it is a share of the estimated time
@@ -102,12 +100,19 @@ def run(
                 share, notes = share_for(model, data.signature, rows, data.seed, share, tried)
                 log.notes += notes
             kept = choose(_cost(channels, target), start.of_target(target) * (1 - share) ** (step / steps))
-            changed = compensate(channels, model, moments, kept)
-            _save(model, store, kept, share, changed)
-            if changed:
+            whole = model.copy()
+            channels.cut(model, kept)
+            changed = []
+            if moments and rows is not None:
+                changed = compensate(channels, whole, model, moments, data.signature, rows, kept)
                 log.applied["kernel compensated"] += len(changed)
+            _save(model, store, kept, share, changed)
+        else:
+            kept, share, kernels = restored
+            channels.cut(model, kept)
+            for name, kernel in kernels.items():
+                model.graph.set_constant(name, kernel)
         log.applied["channel"] += int(np.count_nonzero(~kept))
-        channels.cut(model, kept)
         model.graph.sweep()
         _recover(model, log, data, step, steps, step_epochs, training)
     channels = Channels(model)
@@ -174,16 +179,15 @@ def _save(model: Model, file: Path | None, kept: np.ndarray, share: float, chang
         file.with_suffix(".tmp.npz").replace(file)
 
 
-def _restored(channels: Channels, model: Model, file: Path | None) -> tuple[np.ndarray, float] | None:
+def _restored(channels: Channels, file: Path | None) -> tuple[np.ndarray, float, dict[str, np.ndarray]] | None:
     if file is None or not file.exists():
         return None
     with np.load(file) as found:
         if found["kept"].shape != (channels.classes.total,):
             return None
-        for name in found.files:
-            if name.startswith("kernel "):
-                model.graph.set_constant(name.removeprefix("kernel "), found[name])
-        return found["kept"], float(found["share"])
+        names = [name for name in found.files if name.startswith("kernel ")]
+        kernels = {name.removeprefix("kernel "): found[name] for name in names}
+        return found["kept"], float(found["share"]), kernels
 
 
 def _report(log: Log, sizes: dict[str, int], left: dict[str, int], start: _Size, end: _Size) -> None:
