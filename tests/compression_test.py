@@ -18,9 +18,9 @@ from tests.origins import save_module, spec
 from tfopt import recipe
 from tfopt.data import Dataset
 from tfopt.function import Function
-from tfopt.kernels import kernels
 from tfopt.model import Model, load
 from tfopt.passes import Data, get
+from tfopt.pruning.kernels import kernels
 from tfopt.rewrite import Log
 from tfopt.trainable import promote
 from tfopt.training import Settings, fine_tune

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from tests.conftest import REPO, serve_v1
-from tests.low_rank_edit_test import answer, weight
+from tests.low_rank.edit_test import answer, weight
 from tests.origins import rows, v1
 from tests.passes.int8_weights_test import _build
 from tfopt import model

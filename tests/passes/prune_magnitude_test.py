@@ -19,8 +19,8 @@ from tfopt.errors import TfoptError
 from tfopt.export import saved_model, tflite
 from tfopt.model import load
 from tfopt.passes import Data, get, prune_magnitude
+from tfopt.pruning.sparsity import zeros
 from tfopt.rewrite import Log
-from tfopt.sparsity import zeros
 from tfopt.weight_statistics import arrays_of
 
 IMAGE, ROW = (None, 8, 8, 6), (None, 24)

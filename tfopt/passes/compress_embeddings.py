@@ -15,8 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from tfopt import embeddings_hashing, embeddings_mixed, embeddings_quotient, embeddings_vocabulary, recovery
-from tfopt.embeddings import Form, Table, count, find, is_lookup, lost, replace
+from tfopt import recovery
+from tfopt.embeddings import hashing as embeddings_hashing
+from tfopt.embeddings import mixed_dimension as embeddings_mixed
+from tfopt.embeddings import quotient_remainder as embeddings_quotient
+from tfopt.embeddings import vocabulary as embeddings_vocabulary
+from tfopt.embeddings.tables import Form, Table, count, find, is_lookup, lost, replace
 from tfopt.errors import TfoptError
 from tfopt.model import Model
 from tfopt.passes import Data, Pass

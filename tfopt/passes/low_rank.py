@@ -2,8 +2,8 @@
 
     y = x W  ~  (x U) V        x W: k n multiplications a position, (x U) V: (k + n) r
 
-By SVD, Tucker-2, CP or a split into rows and columns (`tfopt.factors`), whichever costs least at the same error. Where
-there are rows the factors are those that keep the outputs of the layer, not its weights.
+By SVD, Tucker-2, CP or a split into rows and columns (`tfopt.low_rank.factors`), whichever costs least at the same
+error. Where there are rows the factors are those that keep the outputs of the layer, not its weights.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 from tfopt.cost import graph_cost
 from tfopt.data import Dataset
 from tfopt.errors import TfoptError
-from tfopt.factors import METHODS, decompose, error
 from tfopt.graph import split
 from tfopt.inline import label, tensor_names
-from tfopt.low_rank_choice import CP_ELEMENTS, MINIMIZE, WORST, Choice, Options, allot, interpolated, vbmf_error
-from tfopt.low_rank_edit import replace
-from tfopt.low_rank_inputs import MAX_SIZE, computed, moments
-from tfopt.low_rank_layers import RULE, Layer, find
+from tfopt.low_rank.choice import CP_ELEMENTS, MINIMIZE, WORST, Choice, Options, allot, interpolated, vbmf_error
+from tfopt.low_rank.edit import replace
+from tfopt.low_rank.factors import METHODS, decompose, error
+from tfopt.low_rank.inputs import MAX_SIZE, computed, moments
+from tfopt.low_rank.layers import RULE, Layer, find
 from tfopt.model import Model
 from tfopt.passes import Data, Pass
 from tfopt.recovery import OPTIONS, recover

@@ -2,7 +2,7 @@
 
     w = m v     m = [score of v above a threshold], v trained towards what the original says   (Han et al. 2015)
 
-The scores are in `tfopt.sparsity`, how m changes while v is trained in `tfopt.masks`.
+The scores are in `tfopt.pruning.sparsity`, how m changes while v is trained in `tfopt.pruning.masks`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 from tfopt import recovery
 from tfopt.data import Dataset
 from tfopt.errors import TfoptError
-from tfopt.kernels import CONVOLUTION, DEPTHWISE, EMBEDDING, Kernel, kernels
-from tfopt.masks import Masks, Timing
 from tfopt.model import Model
-from tfopt.moments import Moments
 from tfopt.passes import Data, Pass
 from tfopt.passes.quantize import decibel
+from tfopt.pruning.kernels import CONVOLUTION, DEPTHWISE, EMBEDDING, Kernel, kernels
+from tfopt.pruning.masks import Masks, Timing
+from tfopt.pruning.moments import Moments
+from tfopt.pruning.sparsity import Layer, Pattern, Rule, zeros
 from tfopt.rewrite import Log, Refused
-from tfopt.sparsity import Layer, Pattern, Rule, zeros
 from tfopt.trainable import demote, promote
 
 _COMPARED = 128  # rows
@@ -59,10 +59,10 @@ def run(
       model: the model.
       log: gets the share of zeros of each layer, what is left dense and why, and how the loss fell.
       data: the rows to train on; without any the smallest weights go at once, and nothing is trained. With `epochs` 0
-        they serve to restore what each layer gives on average (see `tfopt.moments`).
+        they serve to restore what each layer gives on average (see `tfopt.pruning.moments`).
       sparsity: the share of zeros in all kernels that are pruned, together.
       scope: "global" takes from each layer what it has to give, "layer" the same share from each.
-      criterion: by which weights of several layers are compared: "lamp" or "magnitude" (see `tfopt.sparsity`).
+      criterion: by which weights of several layers are compared: "lamp" or "magnitude" (see `tfopt.pruning.sparsity`).
       pattern: "" for any weights, "2:4" (N:M), which decides the share too, or "1x4" (blocks).
       schedule: "polynomial", "constant" (all at once, chosen anew until `end`; so N:M too) or "one_shot" (all
         at once, for good).

@@ -21,8 +21,8 @@ from tfopt.errors import TfoptError
 from tfopt.fake_quant import OPS
 from tfopt.model import Model, load
 from tfopt.passes import Data
+from tfopt.pruning.sparsity import Pattern
 from tfopt.rewrite import Log
-from tfopt.sparsity import Pattern
 from tfopt.tfmot.cluster import DEFAULT_INIT, INITS
 from tfopt.verify import Verifier
 

@@ -1,6 +1,6 @@
 """Which layers are factored, how, and with what ranks.
 
-    energy   for each layer the cheapest factors with an error of at most 1 - energy, see `tfopt.factors.error`
+    energy   for each layer the cheapest factors with an error of at most 1 - energy, see `tfopt.low_rank.factors.error`
     vbmf     the same, with the error that the ranks found by variational Bayes leave (Kim et al. 2016)
     flops    min sum_L h_L(e_L)  so that a share of the FLOPs goes: greedily by harm for each FLOP saved, on the lower
              convex hull of each layer; h_L is the error of the outputs, as a function of the layer's own
@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from tfopt import factors, vbmf
-from tfopt.factors import Factors, Moment
-from tfopt.low_rank_layers import Layer
+from tfopt.low_rank import factors, vbmf
+from tfopt.low_rank.factors import Factors, Moment
+from tfopt.low_rank.layers import Layer
 from tfopt.rewrite import Refused
 
 STEP = 8  # larger ranks are multiples of it: kernels work in such blocks, and 9 costs as much as 16

@@ -17,9 +17,9 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
-from tfopt.factors import Factors
 from tfopt.graph import Graph, make_node, set_attr
-from tfopt.low_rank_layers import Layer
+from tfopt.low_rank.factors import Factors
+from tfopt.low_rank.layers import Layer
 from tfopt.rules.constants import attr
 
 _BOTH = (True, True)

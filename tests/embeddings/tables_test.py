@@ -16,8 +16,9 @@ from tests.passes.compress_embeddings_test import (
     _compress,
     _of_form,
 )
-from tfopt import embeddings, model
+from tfopt import model
 from tfopt.data import Dataset
+from tfopt.embeddings import tables as embeddings
 from tfopt.errors import TfoptError
 from tfopt.function import Function
 

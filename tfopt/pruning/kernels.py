@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from tfopt.fake_quant import OPS
 from tfopt.graph import Graph, function_body
 from tfopt.model import Model
+from tfopt.pruning.sparsity import Layout
 from tfopt.rewrite import Refused
 from tfopt.rules.channels import CALLS, CONVOLUTIONS, PRODUCTS, summed_axes
-from tfopt.sparsity import Layout
 
 CONVOLUTION, DENSE, DEPTHWISE, EMBEDDING = "convolution", "dense", "depthwise", "embedding"
 _MOVES = ("Reshape", "Transpose", "Squeeze", "ExpandDims")

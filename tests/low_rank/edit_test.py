@@ -11,10 +11,10 @@ import tensorflow as tf
 from tests.origins import rows, save_tf1, v1
 from tests.passes.int8_weights_test import _build
 from tfopt import model
-from tfopt.factors import Factors, decompose
 from tfopt.function import Function
-from tfopt.low_rank_edit import replace
-from tfopt.low_rank_layers import find
+from tfopt.low_rank.edit import replace
+from tfopt.low_rank.factors import Factors, decompose
+from tfopt.low_rank.layers import find
 from tfopt.rewrite import Log
 
 

@@ -3,9 +3,9 @@
     s_t = s + (s_0 - s) (1 - (t - t_0) / (t_1 - t_0))^3     the share of zeros at step t in [t_0, t_1]
 
 (Zhu and Gupta 2017, eq. 1; TFMOT's PolynomialDecay is the same.) The model computes with w = m v. At a step of the
-schedule the mask m is chosen anew by the weights v as they are (see `tfopt.sparsity`). What is cut keeps the value that
-it had, and comes back where others shrink below it; gradients reach only what stays: a straight-through gradient for
-all of v was no better, in a run each on keyword spotting and on Fashion-MNIST (87.4% against 88.1%).
+schedule the mask m is chosen anew by the weights v as they are (see `tfopt.pruning.sparsity`). What is cut keeps the
+value that it had, and comes back where others shrink below it; gradients reach only what stays: a straight-through
+gradient for all of v was no better, in a run each on keyword spotting and on Fashion-MNIST (87.4% against 88.1%).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from tfopt import invariants
 from tfopt.errors import TfoptError
-from tfopt.sparsity import Layer, Rule, zeros
+from tfopt.pruning.sparsity import Layer, Rule, zeros
 from tfopt.training_loop import Schedule
 
 KINDS = ("polynomial", "constant", "one_shot")

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tfopt import factors
-from tfopt.factors import Factors, Moment, decompose, error, signal
+from tfopt.low_rank import factors
+from tfopt.low_rank.factors import Factors, Moment, decompose, error, signal
 
 SHAPE = (3, 3, 6, 8)
 FULL = {"svd": (8,), "tucker": (6, 8), "spatial": (18,)}

@@ -14,7 +14,7 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from tfopt.embeddings import Form, Writer, lost
+from tfopt.embeddings.tables import Form, Writer, lost
 from tfopt.rewrite import Refused
 
 _SWEEPS = 25

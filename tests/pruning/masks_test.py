@@ -7,8 +7,8 @@ import pytest
 import tensorflow as tf
 
 from tfopt.errors import TfoptError
-from tfopt.masks import Masks, Timing
-from tfopt.sparsity import Layer, Layout, Pattern, Rule, zeros
+from tfopt.pruning.masks import Masks, Timing
+from tfopt.pruning.sparsity import Layer, Layout, Pattern, Rule, zeros
 
 RANDOM = np.random.default_rng(0)
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.low_rank_edit_test import layer_of, weight
+from tests.low_rank.edit_test import layer_of, weight
 from tests.origins import rows
 from tests.passes.int8_weights_test import _build
 from tfopt.data import Dataset
-from tfopt.low_rank_inputs import moments
+from tfopt.low_rank.inputs import moments
 
 # With so many rows that there are some 4,000 positions, of which all are taken.
 CONVOLUTIONS = [

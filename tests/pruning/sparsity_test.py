@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tfopt.errors import TfoptError
+from tfopt.pruning.sparsity import Layer, Layout, Pattern, Rule, zeros
 from tfopt.rewrite import Refused
-from tfopt.sparsity import Layer, Layout, Pattern, Rule, zeros
 
 RANDOM = np.random.default_rng(0)
 CONVOLUTION, DENSE, TRANSPOSED = Layout((0, 1, 2)), Layout((0,)), Layout((1,))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tfopt import vbmf
+from tfopt.low_rank import vbmf
 
 
 def noisy(rows, columns, rank, noise, seed=0):

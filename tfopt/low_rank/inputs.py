@@ -16,9 +16,9 @@ import numpy as np
 
 from tfopt.calibration import values
 from tfopt.data import Dataset
-from tfopt.factors import Moment
 from tfopt.graph import Graph, join, split
-from tfopt.low_rank_layers import Layer
+from tfopt.low_rank.factors import Moment
+from tfopt.low_rank.layers import Layer
 from tfopt.model import Model
 from tfopt.rules.constants import attr
 

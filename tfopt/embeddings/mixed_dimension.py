@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from tfopt.embeddings import Form, Writer
+from tfopt.embeddings.tables import Form, Writer
 from tfopt.rewrite import Refused
 
 _WIDTHS = 12  # that are tried at most

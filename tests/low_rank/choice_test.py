@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tfopt import factors
-from tfopt.low_rank_choice import Choice, Options, allot, grid, interpolated, vbmf_error
-from tfopt.low_rank_layers import Geometry, Layer
+from tfopt.low_rank import factors
+from tfopt.low_rank.choice import Choice, Options, allot, grid, interpolated, vbmf_error
+from tfopt.low_rank.layers import Geometry, Layer
 from tfopt.rewrite import Refused
 
 

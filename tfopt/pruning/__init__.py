@@ -1,0 +1,1 @@
+"""Zeros in kernels: which weights go, and how masks change while a model is trained."""
