@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.children import one_line
-from benchmarks.compression_cases import BESIDE_TFMOT, BESIDE_TFMOT_SUBJECT
+from benchmarks.compression_cases import BESIDE_TFMOT, BESIDE_TFMOT_SUBJECT, EPOCHS
 from benchmarks.compression_subjects import Subject, subject
 from benchmarks.fashion_nets import COMPRESSED
 from benchmarks.models import CACHE, SEED
@@ -103,10 +103,12 @@ def _make(recipe: str, path: Path) -> str:
     steps, kind = BESIDE_TFMOT[recipe]
     done = []
     for step in steps:
+        if step["pass"] == "distill":
+            continue
         if step["pass"] == "prune_magnitude":
             model = _pruned(model, found, step)
         elif step["pass"] == "cluster":
-            model = _clustered(model, found, step, sparse="prune_magnitude" in done)
+            model = _clustered(model, found, step | {"epochs": EPOCHS}, sparse="prune_magnitude" in done)
         else:
             model = _quantized(model, found, step)
         done.append(step["pass"])

@@ -18,6 +18,7 @@ from benchmarks.samples import DATA as SHARED_DATA
 DATA = fashion.DATA
 REPRESENTATIVE = 1_000
 KWS_SEEN = 300  # of 500 rows
+KWS_COPIES = 9
 FACES = {"train": 2_000, "test": 500}  # made-up pictures for the net that reads faces
 
 
@@ -73,7 +74,8 @@ def subject(name: str) -> Subject:
     if name == "kws-ds-cnn":
         rows = np.load(SHARED_DATA / "kws" / "kws01_first500.npz")
         images, labels = rows["input_1"], rows["label"].astype(np.int64)
-        files = _write("kws300", "input_1", images[:KWS_SEEN], labels[:KWS_SEEN])
+        seen, classes = _spoken(images[:KWS_SEEN], labels[:KWS_SEEN])
+        files = _write("kws300", "input_1", seen, classes)
         test = DATA / "kws300_test.npz"
         if not test.is_file():
             np.savez(test, input_1=images[KWS_SEEN:], label=labels[KWS_SEEN:])
@@ -116,6 +118,18 @@ def _changed(prefix: str, train: Path, mirrored: bool, copies: int) -> tuple[Pat
     kinds = "representative", "labelled", "unlabelled"
     representative, labelled, unlabelled = (DATA / f"{prefix}_changed_{kind}.npz" for kind in kinds)
     return representative, labelled, unlabelled
+
+
+def _spoken(rows: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns spectrograms (rows, frames, coefficients, 1) and copies of them, earlier or later and with some noise."""
+    rng, parts = np.random.default_rng(SEED), [rows]
+    for _ in range(KWS_COPIES):
+        padded = np.pad(rows, ((0, 0), (4, 4), (0, 0), (0, 0)), "edge")
+        moves = rng.integers(0, 9, len(rows))
+        moved = np.stack([x[i : i + rows.shape[1]] for x, i in zip(padded, moves, strict=True)])
+        noise = rng.normal(0, 0.1, rows.shape) * rows.std((0, 1), keepdims=True)
+        parts.append((moved + noise).astype(np.float32))
+    return np.concatenate(parts), np.tile(labels, KWS_COPIES + 1)
 
 
 def _faces(name: str, saved_model: Path) -> Subject:
