@@ -23,7 +23,15 @@ REQUIRES = [
 EXTRAS = {
     # Models saved by Keras 2, and the TensorFlow Model Optimization Toolkit, which works on those only.
     "keras2": ["tensorflow-model-optimization>=0.8,<0.9", "tf-keras>=2.21,<2.22"],
-    "serving": ["tensorflow-serving-api>=2.21,<2.22"],
+    # The model server and the load test; the protos are those of TensorFlow Serving.
+    "serving": [
+        "aiohttp>=3.10,<4",
+        "hdrhistogram>=0.10.3,<0.10.4",
+        "prometheus-client>=0.20,<1",
+        "starlette>=0.40,<2",
+        "tensorflow-serving-api>=2.21,<2.22",
+        "uvicorn>=0.30,<1",
+    ],
     "low_rank": ["tensorly>=0.10,<0.11"],  # Tucker and CP factors of convolutions; SVD needs none
     "digits": ["scikit-learn>=1.5,<2"],  # the data of pipelines/train_digits.py
 }
@@ -35,6 +43,11 @@ COMMANDS = [
     "tfopt-inspect = pipelines.inspect_model:run",
     "tfopt-compare = pipelines.compare:run",
     "tfopt-run-tflite = pipelines.run_tflite:main",
+    "tfopt-serve = pipelines.serve:run",
+    "tfopt-loadtest = pipelines.loadtest:run",
+    "tfopt-tune-batching = pipelines.tune_batching:run",
+    "tfopt-lint-serving = pipelines.lint_serving:run",
+    "tfopt-deployment = pipelines.deployment:run",
 ]
 
 setup(
