@@ -13,6 +13,7 @@ from tfopt.errors import TfoptError, one_line
 from tfopt.graph import split
 from tfopt.inline import label, tensor_names
 from tfopt.model import Model
+from tfopt.serving import request
 
 
 class Function:
@@ -68,7 +69,8 @@ class Function:
 
         Args:
           signature: its name.
-          inputs: input name -> array; components of sparse inputs as `name:component`.
+          inputs: input name -> array; components of sparse inputs as `name:component`. Where a pass has changed the
+            inputs of this signature: those of the original one.
           instead: reference of a tensor of the main body, such as a weight -> what to put in its place in this call.
 
         Returns:
@@ -77,8 +79,14 @@ class Function:
         Raises:
           TfoptError: TensorFlow cannot run it: a missing kernel, bad shapes, an op that fails.
         """
+        steps = self._model.requests.get(signature, ())
+        return request.call(steps, lambda arrays: self._run(signature, arrays, instead or {}), inputs)
+
+    def _run(
+        self, signature: str, inputs: Mapping[str, np.ndarray], instead: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
         definition = self._model.signatures[signature]
-        feeds = {**self._weights, **{_with_port(ref): value for ref, value in (instead or {}).items()}}
+        feeds = {**self._weights, **{_with_port(ref): value for ref, value in instead.items()}}
         for name, info in definition.inputs.items():
             for component, tensor in tensor_names(info):
                 feeds[_with_port(tensor)] = inputs[f"{name}:{component}" if component else name]

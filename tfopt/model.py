@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -46,6 +47,9 @@ class Model:
       original_nodes: nodes in the SavedModel as it was, functions included.
       origin: what wrote the SavedModel, in words.
       unused: checkpoint names of what serving does not need: optimizer slots, metrics, counters.
+      requests: signature whose inputs a pass has changed -> the steps by which a client makes them from rows of the
+        original one (see `tfopt.serving.encode`).
+      stands_for: signature that a pass has added -> the one of the original that it computes.
     """
 
     graph: Graph
@@ -60,6 +64,8 @@ class Model:
     original_nodes: int
     origin: str
     unused: list[str]
+    requests: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    stands_for: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def weights(self) -> dict[str, np.ndarray]:
@@ -136,6 +142,8 @@ class Model:
             signatures=signatures,
             state=dict(self.state),
             tables=dict(self.tables),
+            requests={name: list(steps) for name, steps in self.requests.items()},
+            stands_for=dict(self.stands_for),
         )
 
 

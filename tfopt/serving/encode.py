@@ -1,0 +1,122 @@
+"""What a client sends: the inputs of a compact signature, made from the features of its rows in steps that are data.
+
+This file needs NumPy alone, and is copied whole into the `client.py` that goes beside a model, so that what a client
+runs is what the equivalence of both signatures was proved with. Arrays of strings are object arrays of bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+Step = dict[str, Any]
+
+
+def encode(steps: Sequence[Step], arrays: Mapping[str, np.ndarray]) -> Arrays:
+    """Makes the inputs of a signature.
+
+    Args:
+      steps: what to do, in order; each has the name of its kind under "step".
+      arrays: input name -> array of rows, as the original signature takes them; columns of `columns` where that takes
+        serialized examples.
+
+    Returns:
+      Input name -> array, as the compact signature takes them.
+
+    Raises:
+      ValueError: a value that the form cannot hold; one line that names the input, the row and the value.
+    """
+    arrays = dict(arrays)
+    for step in steps:
+        arrays = KINDS[step["step"]](step, arrays)
+    return arrays
+
+
+def columns(features: Mapping[str, Mapping[str, Any]], rows: Iterable[Mapping[str, Any]]) -> Arrays:
+    """Gathers rows of features, as they stand in a tf.Example, into one array a feature.
+
+    Args:
+      features: name -> {"dtype", "shape", "default"}, as in the step "features".
+      rows: of each, feature name -> value, or list of values; a feature may be missing, or None.
+
+    Returns:
+      Feature name -> array (rows, *shape); of a feature without a shape an object array of one list for each row.
+
+    Raises:
+      ValueError: a feature without a default is missing, or has another number of values.
+    """
+    rows = list(rows)
+    return {name: _column(name, feature, [row.get(name) for row in rows]) for name, feature in features.items()}
+
+
+def _column(name: str, feature: Mapping[str, Any], values: list[Any]) -> np.ndarray:
+    dtype = object if feature["dtype"] == "string" else np.dtype(feature["dtype"])
+    shape, default = feature["shape"], feature.get("default")
+    if shape is None:
+        column = np.empty(len(values), object)
+        for row, value in enumerate(values):
+            column[row] = _flat(value, dtype)
+        return column
+    if shape[:1] == [-1]:
+        return _padded([_flat(value, dtype) for value in values], shape[1:], default, dtype)
+    filled = np.empty((len(values), *shape), dtype)
+    for row, value in enumerate(values):
+        flat = _flat(value, dtype)
+        if not flat.size and default is not None:
+            filled[row] = _with_bytes(np.array(default, dtype))
+        elif flat.size != filled[row : row + 1].size:
+            raise ValueError(f"feature {name!r}, row {row}: wants {filled[0].size} values, received {flat.size}")
+        else:
+            filled[row] = flat.reshape(shape)
+    return filled
+
+
+def _flat(value: Any, dtype: Any) -> np.ndarray:
+    if value is None:
+        return np.empty(0, dtype)
+    if isinstance(value, str | bytes):
+        value = [value]
+    return _with_bytes(np.asarray(value, dtype).reshape(-1))
+
+
+def _with_bytes(array: np.ndarray) -> np.ndarray:
+    if array.dtype != object:
+        return array
+    flat = [value.encode() if isinstance(value, str) else value for value in array.reshape(-1)]
+    encoded = np.empty(len(flat), object)
+    encoded[:] = flat
+    return encoded.reshape(array.shape)
+
+
+def _padded(values: list[np.ndarray], shape: list[int], default: Any, dtype: Any) -> np.ndarray:
+    """Rows of different length, each filled up to the longest."""
+    size = int(np.prod(shape, dtype=int))
+    longest = max((len(value) // size for value in values), default=0)
+    fill = b"" if dtype is object else 0
+    filled = np.full((len(values), longest, *shape), fill if default is None else default, dtype)
+    filled = _with_bytes(filled)
+    for row, value in enumerate(values):
+        filled[row, : len(value) // size] = value.reshape(-1, *shape)
+    return filled
+
+
+def features(step: Step, arrays: Arrays) -> Arrays:
+    """Serialized tf.Examples become columns; columns stay.
+
+    The step holds "features" (see `columns`) and "input", the name of the serialized examples.
+    """
+    if step["input"] not in arrays:
+        return {name: arrays[name] for name in step["features"]}
+    from tensorflow.core.example.example_pb2 import Example  # only here: clients may have no TensorFlow
+
+    rows = []
+    for record in arrays[step["input"]].reshape(-1):
+        parsed = Example.FromString(record).features.feature
+        rows.append({k: getattr(v, v.WhichOneof("kind")).value for k, v in parsed.items() if v.WhichOneof("kind")})
+    return columns(step["features"], rows)
+
+
+KINDS: dict[str, Callable[[Step, Arrays], Arrays]] = {"features": features}
