@@ -235,7 +235,7 @@ def run_pass(
         chosen.run(rewritten, log, *([data] if chosen.learns else []), **options)
         rewritten.check()
     except TfoptError as error:
-        if chosen.learns:
+        if chosen.learns or chosen.requests:
             raise
         problem = f"the pass failed: {error}"
     except Exception as error:  # whatever a pass or TensorFlow's optimizers raise, the model before it is sound

@@ -81,6 +81,8 @@ class Pass:
       files: the TFLite files that it is for: where none of them is made, it is left out. Empty: any.
       makes: which of INVARIANTS it brings about.
       keeps: which of them survive it.
+      requests: whether it changes the inputs of signatures: passes that learn, which feed a model the rows of the
+        original one, stand before it, and that it could do nothing is an error.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Pass:
     files: tuple[str, ...] = ()
     makes: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
+    requests: bool = False
 
 
 def for_each_body(model: Model, edit: Callable[[Graph], int]) -> int:
@@ -203,6 +206,7 @@ NAMES = (
     *("equalize", "correct_bias", "quantize", "mixed_precision", "train_quantized"),
     *("bfloat16", "int8_weights", "binarize", "distill", "prune_magnitude", "cluster"),
     *("compress_inputs", "compress_embeddings", "prune_channels", "prune_layers", "low_rank"),
+    *("compact_signature", "narrow_inputs", "pack_inputs", "broadcast_inputs"),
 )
 
 

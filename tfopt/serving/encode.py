@@ -95,12 +95,15 @@ def _padded(values: list[np.ndarray], shape: list[int], default: Any, dtype: Any
     """Rows of different length, each filled up to the longest."""
     size = int(np.prod(shape, dtype=int))
     longest = max((len(value) // size for value in values), default=0)
-    fill = b"" if dtype is object else 0
-    filled = np.full((len(values), longest, *shape), fill if default is None else default, dtype)
+    filled = np.full((len(values), longest, *shape), _fill(dtype) if default is None else default, dtype)
     filled = _with_bytes(filled)
     for row, value in enumerate(values):
         filled[row, : len(value) // size] = value.reshape(-1, *shape)
     return filled
+
+
+def _fill(dtype: Any) -> Any:
+    return b"" if np.dtype(dtype) == object else 0
 
 
 def features(step: Step, arrays: Arrays) -> Arrays:
@@ -119,4 +122,30 @@ def features(step: Step, arrays: Arrays) -> Arrays:
     return columns(step["features"], rows)
 
 
-KINDS: dict[str, Callable[[Step, Arrays], Arrays]] = {"features": features}
+def pad(step: Step, arrays: Arrays) -> Arrays:
+    """A column of lists becomes values (rows, width), filled up, and a mask of what is there.
+
+    The step holds "input", the name of the "mask", and perhaps the "width"; else that of the longest row.
+    """
+    rows = arrays[step["input"]]
+    width = step.get("width", max(map(len, rows), default=0))
+    lengths = np.array([len(values) for values in rows], int)
+    if lengths.size and lengths.max() > width:
+        row = int(lengths.argmax())
+        raise ValueError(f"input {step['input']!r}, row {row}: takes {width} value, received {lengths[row]}")
+    dtype = rows[0].dtype if len(rows) else object
+    values = _padded(list(rows), [], None, dtype)
+    if values.shape[1] < width:
+        values = np.pad(values, ((0, 0), (0, width - values.shape[1])), constant_values=_fill(dtype))
+    return {**arrays, step["input"]: values, step["mask"]: np.arange(width) < lengths[:, None]}
+
+
+def split(step: Step, arrays: Arrays) -> Arrays:
+    """A column of lists becomes the values of all rows and, under "row_splits", where each row begins and ends."""
+    rows = arrays[step["input"]]
+    splits = np.cumsum([0, *map(len, rows)]).astype(np.int32)
+    values = np.concatenate(list(rows)) if len(rows) else np.empty(0, object)
+    return {**arrays, step["input"]: values, step["row_splits"]: splits}
+
+
+KINDS: dict[str, Callable[[Step, Arrays], Arrays]] = {"features": features, "pad": pad, "split": split}
