@@ -61,6 +61,17 @@ flags.DEFINE_enum(
     "Keras 2 (docs/training.md).",
 )
 flags.DEFINE_alias("qat_engine", "engine")  # its name while it was for quantization alone
+flags.DEFINE_string(
+    "broadcast_inputs",
+    "",
+    "Globs, with commas, of features that a request of the recipe compact_signature holds once for all its rows: "
+    "--broadcast_inputs='user_*' (docs/compact_signature.md).",
+)
+flags.DEFINE_bool(
+    "keep_example_signature",
+    False,
+    "Keep signatures of tf.Examples beside the compact ones, which are then called <name>_compact.",
+)
 flags.DEFINE_list("signatures", None, "Signatures to keep; all where not given.")
 flags.DEFINE_integer("seed", 0, "Of everything random.")
 flags.DEFINE_string(
@@ -133,6 +144,8 @@ def main(argv: Sequence[str]) -> int:
             max_accuracy_drop=FLAGS.max_accuracy_drop,
             minimize=FLAGS.minimize,
             engine=FLAGS.engine,
+            broadcast_inputs=FLAGS.broadcast_inputs,
+            keep_example_signature=FLAGS.keep_example_signature,
             signatures=names(FLAGS.signatures),
             seed=FLAGS.seed,
             checkpoint_dir=FLAGS.checkpoint_dir,

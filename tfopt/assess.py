@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -14,6 +15,8 @@ from tfopt import cost, measure, metrics, runtime
 from tfopt.data import Dataset, batch_size
 from tfopt.errors import TfoptError
 from tfopt.report import Artifact
+from tfopt.serving import request
+from tfopt.serving.encode import encode
 from tfopt.verify import Difference, difference, worst
 from tfopt.weight_statistics import arrays_of, is_compressed, statistics
 
@@ -37,6 +40,8 @@ class Assessment:
       latency: whether to measure latency and memory, in one child process per artifact.
       threads: of the runtimes.
       lossless: whether the serving model must give what the original gives, within rounding.
+      requests: signature of the artifacts -> how a client makes its inputs of rows; see `tfopt.serving.encode`.
+      stands_for: signature that only the artifacts have -> the one of the original that it computes.
     """
 
     original: Path
@@ -50,6 +55,18 @@ class Assessment:
     latency: bool = True
     threads: int = 2
     lossless: bool = True
+    requests: Mapping[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    stands_for: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def main(self, artifact: Artifact) -> str:
+        """The signature of an artifact that is measured in the place of `signature`."""
+        new = [new for new, of in self.stands_for.items() if of == self.signature]
+        return new[0] if new and artifact.name != "original" else self.signature
+
+    def run(self, artifact: Artifact, program: runtime.Program, name: str, rows: Mapping[str, np.ndarray]) -> dict:
+        """Runs a signature on rows as the original takes them."""
+        steps = () if artifact.name == "original" else self.requests.get(name, ())
+        return request.call(steps, lambda arrays: program.run(name, arrays), rows)
 
 
 def assess(job: Assessment, artifacts: list[Artifact]) -> list[Artifact]:
@@ -99,7 +116,7 @@ def _fill(job: Assessment, artifact: Artifact, expected: dict[str, dict[str, np.
     """Fills in what can be known of an artifact, and says whether it runs here; the original fills `expected`."""
     artifact.bytes, artifact.gzip_bytes = measure.sizes(artifact.path)
     try:
-        counted = cost.cost(artifact.path, job.signature)
+        counted = cost.cost(artifact.path, job.main(artifact))
         artifact.parameters, artifact.flops = counted.parameters, counted.flops
         artifact.notes += [note for note in counted.notes if note not in artifact.notes]
     except TfoptError as error:
@@ -111,7 +128,7 @@ def _fill(job: Assessment, artifact: Artifact, expected: dict[str, dict[str, np.
         return False
     with program:
         _compare_outputs(job, artifact, program, expected)
-        if job.evaluation is not None and job.signature in program.signatures:
+        if job.evaluation is not None and job.main(artifact) in program.signatures:
             _score(job, artifact, program, expected)
     return True
 
@@ -133,16 +150,19 @@ def _compare_outputs(
     job: Assessment, artifact: Artifact, program: runtime.Program, expected: dict[str, dict[str, np.ndarray]]
 ) -> None:
     found: list[Difference] = []
-    for name, dataset in job.comparison.items():
+    added = {} if artifact.name == "original" else job.stands_for
+    for name in [*job.comparison, *added]:
+        of = added.get(name, name)
         if name not in program.signatures:
-            artifact.notes.append(f"signature {name!r} is not in this artifact")
+            if of not in added.values():
+                artifact.notes.append(f"signature {name!r} is not in this artifact")
             continue
-        received = program.run(name, dataset.inputs)
+        received = job.run(artifact, program, name, job.comparison[of].inputs)
         if artifact.name == "original":
             expected[name] = received
-        elif name not in job.random:
-            found.append(_compare(expected[name], received))
-            _check_finite(name, expected[name], received)
+        elif of not in job.random:
+            found.append(_compare(expected[of], received))
+            _check_finite(name, expected[of], received)
     if found:
         difference = worst(found)
         artifact.max_abs_error, artifact.max_rel_error = difference.absolute, difference.relative
@@ -154,16 +174,17 @@ def _score(
     job: Assessment, artifact: Artifact, program: runtime.Program, expected: dict[str, dict[str, np.ndarray]]
 ) -> None:
     assert job.evaluation is not None
-    size = batch_size(program.signatures[job.signature].inputs, _EVALUATION_BATCH)
+    name = job.main(artifact)
+    size = batch_size(program.signatures[name].inputs, _EVALUATION_BATCH)
     artifact.accuracy = metrics.evaluate(
         job.metric,
-        lambda rows: program.run(job.signature, rows),
+        lambda rows: job.run(artifact, program, name, rows),
         job.evaluation,
         job.output,
         batch_size=size,
         pad=size != _EVALUATION_BATCH,
     )
-    scores = _scores(job, program)
+    scores = _scores(job, artifact, program)
     if scores is not None and artifact.name == "original":
         expected[_SCORES] = {"": scores}
     elif scores is not None and _SCORES in expected:
@@ -182,11 +203,11 @@ def _check_finite(name: str, expected: Mapping[str, np.ndarray], received: Mappi
             raise TfoptError(f"signature {name!r}: output {output!r} is not finite, while the original's is")
 
 
-def _scores(job: Assessment, program: runtime.Program) -> np.ndarray | None:
+def _scores(job: Assessment, artifact: Artifact, program: runtime.Program) -> np.ndarray | None:
     """The class scores of the first rows, to compare which class comes out on top."""
     assert job.evaluation is not None
     rows = job.evaluation.take(slice(0, 256))
-    outputs = program.run(job.signature, rows.inputs)
+    outputs = job.run(artifact, program, job.main(artifact), rows.inputs)
     floats = [v for k, v in outputs.items() if v.dtype.kind == "f" and (job.output is None or k == job.output)]
     return floats[0] if len(floats) == 1 else None
 
@@ -195,7 +216,12 @@ def _time(job: Assessment, artifacts: list[Artifact]) -> None:
     """Latency of one request (the first row), all artifacts in turns."""
     rows = job.comparison[job.signature]
     one = rows.take(slice(0, 1)).inputs
-    times = measure.latency({a.name: a.path for a in artifacts}, job.signature, one, threads=job.threads)
+    paths = {a.name: a.path for a in artifacts}
+    calls = {}
+    for artifact in artifacts:
+        steps = () if artifact.name == "original" else job.requests.get(job.main(artifact), ())
+        calls[artifact.name] = job.main(artifact), encode(steps, one)
+    times = measure.latency(paths, job.signature, one, threads=job.threads, calls=calls)
     for artifact in artifacts:
         timed = times[artifact.name]
         if timed.error:

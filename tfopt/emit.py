@@ -16,6 +16,7 @@ from tfopt.model import Model
 from tfopt.publish import Workspace
 from tfopt.report import Artifact
 from tfopt.run_data import representative_rows
+from tfopt.serving import client_stub
 
 if TYPE_CHECKING:
     from tfopt.optimize import Options
@@ -36,11 +37,15 @@ def files(options: Options) -> tuple[str, ...]:
     return ("float32", "dynamic_int8", *(["int8"] if options.representative_data else []))
 
 
-def emit(model: Model, for_devices: Model, trained: bool, workspace: Workspace, options: Options) -> list[Artifact]:
+def emit(
+    model: Model, for_devices: Model, trained: bool, workspace: Workspace, options: Options, original: Model
+) -> list[Artifact]:
     """Writes the serving model, and the TFLite files of what may hold fake-quant ops, into the workspace."""
     serving = workspace.path(f"serving/{options.version}")
     limit = options.max_constant_bytes
     saved_model.save(model, serving, max_constant_bytes=saved_model.MAX_CONSTANT_BYTES if limit is None else limit)
+    if model.requests:
+        client_stub.write(model, serving)
     artifacts = [Artifact("serving", "saved_model", str(serving))]
     names = files(options)
     if not names:
@@ -48,6 +53,8 @@ def emit(model: Model, for_devices: Model, trained: bool, workspace: Workspace, 
     frozen, ranges = workspace.scratch / "device_model", workspace.scratch / "quantized_model"
     try:
         device = strip(for_devices, snap=True) if trained else model.copy()
+        for name in device.stands_for.values():  # parsing nodes do not convert
+            device.signatures.pop(name, None)
         device = device if options.keep_batch else fix_batch(device, 1)
         if is_quantized(for_devices):
             quantized = for_devices.copy() if options.keep_batch else fix_batch(for_devices, 1)
@@ -57,7 +64,9 @@ def emit(model: Model, for_devices: Model, trained: bool, workspace: Workspace, 
         reason = f"the batch cannot be fixed to 1 ({one_line(error)}); --keep_batch leaves it open"
         return [*artifacts, *(Artifact(name, "tflite", rejected=f"{name}: {reason}") for name in names)]
     saved_model.save(device, frozen, max_constant_bytes=1 << 31)
-    representative = representative_rows(model, options.representative_data) if options.representative_data else None
+    representative = (
+        representative_rows(original, model, options.representative_data) if options.representative_data else None
+    )
     converted = tflite.convert(
         frozen,
         names,

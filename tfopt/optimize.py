@@ -52,6 +52,8 @@ class Options:
     max_accuracy_drop: float | None = None
     minimize: str = "bytes"
     engine: str = "graph"
+    broadcast_inputs: str = ""
+    keep_example_signature: bool = False
     signatures: tuple[str, ...] | None = None
     seed: int = 0
     checkpoint_dir: str | None = None
@@ -107,7 +109,7 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
       TfoptError: bad input or usage; nothing is left behind.
     """
     started = datetime.datetime.now(datetime.UTC)
-    steps_wanted = recipe.override(recipe.read(options.recipe), options.set)
+    steps_wanted = recipe.override(recipe.read(options.recipe), _settings(options))
     if options.tflite is None:
         options = dataclasses.replace(options, tflite=steps_wanted.tflite)
     _check(options, steps_wanted)
@@ -127,7 +129,9 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         loaded = load_model(source, list(options.signatures) if options.signatures else None)
         loading = time.monotonic() - begun
         evaluation = evaluation_rows(loaded, options)
-        verifier = Verifier(loaded, options.representative_data, options.seed)
+        globs = [given.get("inputs", "") for name, given in steps_wanted.steps if name == "broadcast_inputs"]
+        once = [glob for each in globs for glob in each.split(",") if glob]
+        verifier = Verifier(loaded, options.representative_data, options.seed, once)
         report = Report(
             created=started.isoformat(timespec="seconds"),
             command=options.command,
@@ -164,7 +168,7 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
             report.warnings += step.warnings
 
         trained = any(step.name == "train_quantized" for step in report.steps)
-        artifacts = emit.emit(served or optimized, optimized, trained, workspace, options)
+        artifacts = emit.emit(served or optimized, optimized, trained, workspace, options, loaded)
         signatures = (served or optimized).signatures
         assessment = Assessment(
             original=source,
@@ -177,7 +181,9 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
             max_accuracy_drop=options.max_accuracy_drop,
             latency=options.measure_latency and distribution.is_chief(),
             threads=options.threads,
-            lossless=all(passes.get(name).lossless or passes.get(name).device for name, _ in steps_wanted.steps),
+            lossless=all(passes.get(n).is_lossless(given) or passes.get(n).device for n, given in steps_wanted.steps),
+            requests=optimized.requests,
+            stands_for=optimized.stands_for,
         )
         del loaded, optimized, served, data
         gc.collect()  # sessions are in cycles, and hold their variables: measuring needs the memory of large weights
@@ -206,6 +212,13 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         distribution.wait()
         directory = place if distribution.is_chief() else None
     return Result(report, directory, failed, not emitted)
+
+
+def _settings(options: Options) -> tuple[str, ...]:
+    """The options of passes that have a flag of their own, with those of --set."""
+    kept = ("compact_signature.keep_example_signature=true",) if options.keep_example_signature else ()
+    once = (f"broadcast_inputs.inputs={options.broadcast_inputs}",) if options.broadcast_inputs else ()
+    return (*kept, *once, *options.set)
 
 
 def run_pass(
@@ -257,7 +270,7 @@ def run_pass(
     if problem is None and verifier is not None:
         found = verifier.last if same else verifier.check(rewritten)
         step.max_error = found.relative
-        if chosen.lossless or not np.isfinite(found.relative):  # lossy, and yet an answer
+        if chosen.is_lossless(options) or not np.isfinite(found.relative):  # lossy, and yet an answer
             problem = found.broken
     if problem is not None:
         step.status = "undone"

@@ -56,6 +56,20 @@ NAMED: dict[str, dict[str, Any]] = {
     },
     "serving_bf16": {"passes": [*_LOSSLESS, "bfloat16"], "tflite": []},
     "serving_int8_weights": {"passes": [*_LOSSLESS, "int8_weights"], "tflite": []},
+    "compact_signature": {
+        "passes": [
+            *_LOSSLESS,
+            "compact_signature",
+            *_LOSSLESS,
+            "broadcast_inputs",
+            "narrow_inputs",
+            "pack_inputs",
+            "fold_constants",
+            "prune_graph",
+            "merge_duplicates",
+        ],
+        "tflite": [],
+    },
     "binary": {"passes": [*_LOSSLESS, "binarize"], "tflite": []},
 }
 
@@ -175,6 +189,13 @@ def parse(steps: list[str | dict[str, Any]], name: str, tflite: list[str] | None
             at, done = learned[0]
             raise TfoptError(
                 f"{where}: {chosen.name} with a student would replace what {done} (pass {at}) made; put it earlier"
+            )
+        changed = [(i, done) for i, done in enumerate(earlier, 1) if passes.get(done).requests]
+        if chosen.learns and not chosen.requests and changed:
+            at, done = changed[0]
+            raise TfoptError(
+                f"{where}: {chosen.name} learns from rows as the original model takes them, and {done} (pass {at}) "
+                f"changes the inputs; put {chosen.name} before {done}"
             )
         for made, (maker, at) in makers.items():
             if made not in chosen.keeps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from absl import logging
 
 from tfopt import metrics, passes
@@ -12,6 +13,7 @@ from tfopt.data import Dataset, batch_size, load
 from tfopt.errors import TfoptError
 from tfopt.function import Function
 from tfopt.model import Model
+from tfopt.serving.encode import encode
 from tfopt.tfmot.engine import Engine
 from tfopt.verify import features, input_specs
 
@@ -77,12 +79,24 @@ def learning_data(model: Model, evaluation: Dataset | None, source: str | Path, 
     )
 
 
-def representative_rows(model: Model, source: str) -> dict[str, Dataset]:
-    """The rows to calibrate on, for every signature that they fit."""
+def representative_rows(original: Model, model: Model, source: str) -> dict[str, Dataset]:
+    """The rows to calibrate on, for every signature that they fit.
+
+    Args:
+      original: whose rows the source holds.
+      model: what is made of it; its inputs may be others.
+      source: see `tfopt.data.load`.
+    """
     rows = {}
     for name in model.signatures:
+        of = model.stands_for.get(name, name)
         try:
-            rows[name] = load(source, input_specs(model, name), feature_spec=features(model, name))
+            rows[name] = load(source, input_specs(original, of), feature_spec=features(original, of))
         except TfoptError as error:
             logging.info("representative data do not fit signature %r: %s", name, error)
+            continue
+        if name in model.requests:  # a device sends one row a call
+            encoded = [encode(model.requests[name], row) for row in rows[name].batches(1)]
+            inputs = {key: np.concatenate([row[key] for row in encoded]) for key in encoded[0]}
+            rows[name] = Dataset(inputs, None, source)
     return rows

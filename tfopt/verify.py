@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from tfopt.graph import op_def
 from tfopt.inline import tensor_names
 from tfopt.model import Model
 from tfopt.random_inputs import Draw
+from tfopt.serving import request
 
 # Bound on max|a - b| / max|a| by the dtype of the output. What is no float must be equal.
 BOUNDS = {
@@ -211,19 +212,22 @@ class Verifier:
       last: the difference of the last model that was right.
     """
 
-    def __init__(self, model: Model, data: str | None, seed: int):
+    def __init__(self, model: Model, data: str | None, seed: int, once: Sequence[str] = ()):
         """Runs the original.
 
         Args:
           model: the original.
           data: a source of representative data, or None for seeded probes.
           seed: of the probes.
+          once: globs of inputs, or features of tf.Examples, in which all rows are to agree.
 
         Raises:
           TfoptError: the original cannot be run.
         """
         with Function(model) as function:
             self.inputs = inputs_for(model, data, seed, function)
+        if once:
+            self.inputs = {name: request.aligned(rows, once) for name, rows in self.inputs.items()}
         self.expected = self._outputs(model)
         self.random: list[str] = []
         self.last = Difference()  # of the last model that was right

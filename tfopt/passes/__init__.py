@@ -81,6 +81,7 @@ class Pass:
       files: the TFLite files that it is for: where none of them is made, it is left out. Empty: any.
       makes: which of INVARIANTS it brings about.
       keeps: which of them survive it.
+      lossy_with: an option that makes a lossless pass lossy where it is not at its default; "" where there is none.
       requests: whether it changes the inputs of signatures: passes that learn, which feed a model the rows of the
         original one, stand before it, and that it could do nothing is an error.
     """
@@ -95,7 +96,13 @@ class Pass:
     files: tuple[str, ...] = ()
     makes: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
+    lossy_with: str = ""
     requests: bool = False
+
+    def is_lossless(self, options: Mapping[str, Any]) -> bool:
+        """Whether outputs must stay within rounding where the pass runs with these options."""
+        default = self.options.get(self.lossy_with)
+        return self.lossless and options.get(self.lossy_with, default) == default
 
 
 def for_each_body(model: Model, edit: Callable[[Graph], int]) -> int:

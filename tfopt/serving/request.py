@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from tfopt.data import Dataset
 from tfopt.errors import TfoptError
 from tfopt.serving.encode import Arrays, Step, encode
 
@@ -29,6 +32,44 @@ def call(steps: Sequence[Step], run: Run, inputs: Mapping[str, np.ndarray]) -> A
     except ValueError as error:
         raise TfoptError(str(error)) from error
     return parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+
+def aligned(rows: Dataset, once: Sequence[str]) -> Dataset:
+    """Gives all rows what the first has in some inputs, as a request that sends these once has it.
+
+    Args:
+      rows: of arrays, or of serialized tf.Examples.
+      once: globs of the names of inputs, or of features.
+    """
+
+    def chosen(name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, glob) for glob in once)
+
+    inputs = dict(rows.inputs)
+    for name, array in rows.inputs.items():
+        if chosen(name) and name not in rows.whole:
+            inputs[name] = np.repeat(array[:1], len(array), axis=0)
+        elif array.dtype == object and len(rows.inputs) == 1:
+            inputs[name] = _examples_aligned(array, chosen)
+    return dataclasses.replace(rows, inputs=inputs)
+
+
+def _examples_aligned(records: np.ndarray, chosen: Callable[[str], bool]) -> np.ndarray:
+    from tensorflow.core.example.example_pb2 import Example
+
+    changed = np.empty_like(records)
+    first: Example | None = None
+    for index, record in np.ndenumerate(records):
+        example = Example.FromString(record)
+        features = example.features.feature
+        first = first or example
+        for name in [name for name in features if chosen(name)]:
+            del features[name]
+        for name, value in first.features.feature.items():
+            if chosen(name):
+                features[name].CopyFrom(value)
+        changed[index] = example.SerializeToString(deterministic=True)
+    return changed
 
 
 def _requests(steps: Sequence[Step], inputs: Mapping[str, np.ndarray]) -> Iterator[Arrays]:
