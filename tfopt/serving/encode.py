@@ -148,4 +148,76 @@ def split(step: Step, arrays: Arrays) -> Arrays:
     return {**arrays, step["input"]: values, step["row_splits"]: splits}
 
 
-KINDS: dict[str, Callable[[Step, Arrays], Arrays]] = {"features": features, "pad": pad, "split": split}
+def once(step: Step, arrays: Arrays) -> Arrays:
+    """Inputs that all rows have in common become one row.
+
+    The step holds "inputs", their names.
+    """
+    sent = dict(arrays)
+    for name in step["inputs"]:
+        rows = arrays[name]
+        if not len(rows):
+            raise ValueError(f"input {name!r} is sent once for all rows: received none")
+        differs = rows != rows[:1]
+        if rows.dtype.kind == "f":
+            differs &= ~(np.isnan(rows) & np.isnan(rows[:1]))
+        if differs.any():
+            row = int(np.argwhere(differs)[0][0])
+            raise ValueError(f"input {name!r} is sent once for all rows, but row {row} differs from row 0")
+        sent[name] = rows[:1]
+    return sent
+
+
+def narrow(step: Step, arrays: Arrays) -> Arrays:
+    """Numbers become ones of fewer bytes; what these cannot hold is refused.
+
+    The step holds "inputs": name -> {"dtype"}, and for floats that become integers "scale" and "offset", numbers or
+    lists of one for each column: x is sent as round((x - offset) / scale).
+    """
+    return {**arrays, **{name: _narrowed(name, arrays[name], to) for name, to in step["inputs"].items()}}
+
+
+def _narrowed(name: str, array: np.ndarray, to: Mapping[str, Any]) -> np.ndarray:
+    if to["dtype"] == "bfloat16":
+        from ml_dtypes import bfloat16 as dtype  # only here: NumPy has none of its own
+    else:
+        dtype = np.dtype(to["dtype"])
+    if array.dtype == dtype:
+        return array
+    if np.dtype(dtype).kind in "iu":
+        values, least, most = array, np.iinfo(dtype).min, np.iinfo(dtype).max
+        if "scale" in to:
+            values = np.rint((array.astype(np.float64) - np.array(to["offset"])) / np.array(to["scale"]))
+        fits = (values >= least) & (values <= most)
+        if not fits.all():
+            where = tuple(int(i) for i in np.argwhere(~fits)[0])
+            row = f", row {where[0]}" if where else ""
+            raise ValueError(f"input {name!r}{row}: {array[where]} does not fit {dtype}, as which it is sent")
+        return values.astype(dtype)
+    with np.errstate(over="ignore"):
+        narrowed = array.astype(dtype)
+    lost = np.isfinite(array) & ~np.isfinite(narrowed)
+    if lost.any():
+        where = tuple(int(i) for i in np.argwhere(lost)[0])
+        row = f", row {where[0]}" if where else ""
+        raise ValueError(f"input {name!r}{row}: {array[where]} does not fit {to['dtype']}, as which it is sent")
+    return narrowed
+
+
+def pack(step: Step, arrays: Arrays) -> Arrays:
+    """Inputs of one dtype become the columns of one, (rows, columns).
+
+    The step holds "from", their names in order, and "into", the name of what they become.
+    """
+    parts = [arrays[name] for name in step["from"]]
+    counts = {name: len(part) for name, part in zip(step["from"], parts, strict=True)}
+    if len(set(counts.values())) > 1:
+        name = next(name for name, count in counts.items() if count != len(parts[0]))
+        raise ValueError(f"input {name!r} has {counts[name]} rows, and {step['from'][0]!r} has {len(parts[0])}")
+    packed = np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
+    return {step["into"]: packed, **{name: array for name, array in arrays.items() if name not in step["from"]}}
+
+
+KINDS: dict[str, Callable[[Step, Arrays], Arrays]] = {
+    "features": features, "pad": pad, "split": split, "once": once, "narrow": narrow, "pack": pack,
+}  # fmt: skip
