@@ -261,6 +261,7 @@ def _clone(model: Model, source: str, names: list[str]) -> tuple[str, list[str]]
 PASS = Pass(
     "compact_signature",
     run,
+    needs=("prune_graph", "fold_constants"),  # before them, control edges hide what is constant
     options={"sparse": "mask", "keep_example_signature": False},
     keeps=INVARIANTS,
     requests=True,

@@ -271,6 +271,5 @@ def _joins(graph: Graph, ref: str, seen: set[str], values: str) -> bool:
     if split(ref)[0] in seen or join(*split(ref)) == values:
         return True
     constant = graph.constant(ref)
-    return graph.producer(ref).op.startswith(("HashTable", "MutableHashTable")) or (
-        constant is not None and constant.size == 1
-    )
+    scalar = constant is not None and constant.size == 1
+    return scalar or graph.producer(ref).op.startswith(("HashTable", "MutableHashTable", "LookupTableSize"))

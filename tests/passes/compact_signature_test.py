@@ -1,0 +1,203 @@
+"""compact_signature: the new signature gives on features what the old one gives on the tf.Examples that hold them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.serving import examples
+from tfopt import recipe
+from tfopt.errors import TfoptError
+from tfopt.export import saved_model
+from tfopt.function import Function
+from tfopt.model import load
+from tfopt.optimize import run_pass
+from tfopt.passes.compact_signature import run
+from tfopt.rewrite import Log
+from tfopt.serving.encode import columns, encode
+from tfopt.verify import Verifier, difference
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    return examples.save(tmp_path_factory.mktemp("all_kinds") / "model")
+
+
+def cleaned(path):
+    model = load(path)
+    for name, options in recipe.read("lossless").steps:
+        model, _ = run_pass(model, name, options, None)
+    return model
+
+
+def outputs(model, signature, records):
+    with Function(model) as function:
+        return function(signature, {"examples": records})
+
+
+@pytest.mark.parametrize("count", [1, 4, 13])
+@pytest.mark.parametrize("sparse", ["mask", "row_splits"])
+def test_every_kind_of_feature(model_path, sparse, count):
+    model = cleaned(model_path)
+    records = examples.serialize(examples.rows(count))
+    expected = outputs(model, "serving_default", records)
+    log = Log()
+    run(model, log, sparse=sparse)
+    model.check()
+    assert not [node for node in model.graph.nodes.values() if node.op.startswith("ParseExample")]
+    assert set(model.signatures["serving_default"].inputs) == {
+        *("age", "words", "day", "history", "fare", "company", "company_present", "clicks", "scores"),
+        *(f"{name}_{'mask' if sparse == 'mask' else 'row_splits'}" for name in ("clicks", "scores")),
+    }
+    found = difference(expected, outputs(model, "serving_default", records))
+    assert found.broken is None and found.relative < 1e-6
+    assert "never_used" in log.notes[0]
+
+
+def test_what_clients_send(model_path):
+    model = cleaned(model_path)
+    run(model, Log())
+    steps = model.requests["serving_default"]
+    drawn = examples.rows(6)
+    by_hand = encode(steps, columns(steps[0]["features"], drawn))
+    parsed = encode(steps, {"examples": examples.serialize(drawn)})
+    assert by_hand.keys() == parsed.keys() == model.signatures["serving_default"].inputs.keys()
+    for name, array in by_hand.items():
+        np.testing.assert_array_equal(array, parsed[name])
+        wanted = tf.as_dtype(model.signatures["serving_default"].inputs[name].dtype).as_numpy_dtype
+        assert array.dtype == wanted, name
+    assert by_hand["day"][:, 0].tolist() == [3, 5, 3, 5, 3, 5]
+    assert by_hand["words"][0].tolist() == [b"none", b"none"]
+    assert by_hand["fare"][:3, 0].tolist() == [-7.0, 3.5, 4.5]
+    assert by_hand["company_present"][:, 0].tolist() == [False, True, True, True, False, True]
+    assert by_hand["clicks_mask"].sum(axis=1).tolist() == [1, 2, 3, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({}, "feature 'age', row 0: wants 1 values, received 0"),
+        ({"age": [1.0, 2.0]}, "feature 'age', row 0: wants 1 values, received 2"),
+        ({"age": 1.0, "fare": [1.0, 2.0]}, "feature 'fare', row 0: wants 1 values, received 2"),
+        ({"age": 1.0, "company": ["a", "b"]}, "input 'company', row 0: takes 1 value, received 2"),
+    ],
+)
+def test_rows_that_do_not_fit(model_path, row, message):
+    model = cleaned(model_path)
+    run(model, Log())
+    steps = model.requests["serving_default"]
+    with pytest.raises(ValueError, match=message):
+        encode(steps, columns(steps[0]["features"], [row]))
+
+
+def test_the_old_signature_may_stay(model_path, tmp_path):
+    data = examples.write(tmp_path / "rows.tfrecord", examples.rows(9))
+    original = cleaned(model_path)
+    verifier = Verifier(original, str(data), 0)
+    nodes = original.node_count()
+    model, step = run_pass(original, "compact_signature", {"keep_example_signature": True}, verifier)
+    assert step.status == "applied" and step.max_error < 1e-6
+    assert list(model.signatures) == ["serving_default", "serving_default_compact"]
+    assert nodes < model.node_count() < 2.2 * nodes  # the inputs' own nodes come on top
+    assert model.stands_for == {"serving_default_compact": "serving_default"}
+    assert list(model.signatures["serving_default"].inputs) == ["examples"]
+    # It is compared: a wrong weight in the copy alone is found.
+    node = next(
+        n for n in model.graph.nodes.values() if n.name.startswith("compact/") and n.op == "Pack" and len(n.input) == 7
+    )
+    model.graph.set_input(node.name, 0, node.input[1])
+    assert verifier.check(model).broken
+
+
+def test_saved_loaded_and_optimized(model_path, tmp_path):
+    data = examples.write(tmp_path / "rows.tfrecord", examples.rows(9))
+    model = load(model_path)
+    verifier = Verifier(model, str(data), 0)
+    for name, options in (*recipe.read("lossless").steps, ("compact_signature", {}), *recipe.read("lossless").steps):
+        model, step = run_pass(model, name, options, verifier)
+        assert step.status != "undone", step.notes
+    saved_model.save(model, tmp_path / "saved")
+    records = examples.serialize(examples.rows(5, seed=1))
+    loaded = tf.saved_model.load(str(tmp_path / "saved"))
+    made = encode(model.requests["serving_default"], {"examples": records})
+    received = loaded.signatures["serving_default"](**{name: tf.constant(array) for name, array in made.items()})
+    expected = tf.saved_model.load(str(model_path)).signatures["serving_default"](tf.constant(records))
+    for name, tensor in expected.items():
+        if tensor.dtype == tf.string:
+            assert tensor.numpy().tolist() == received[name].numpy().tolist()
+        else:
+            np.testing.assert_allclose(received[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda x: {"y": tf.strings.length(x)}, "no parsing node|nothing to do|reads the serialized examples"),
+        (
+            lambda x: {"y": tf.io.parse_example(x, {"a": FLOAT})["a"], "n": tf.strings.length(x)},
+            "reads the serialized examples too",
+        ),
+        (lambda x: {"y": tf.io.parse_example(x, {"a": FLOAT})["a"], "x": x}, "are an output"),
+    ],
+)
+def test_what_is_refused(tmp_path, build, message):
+    module = tf.Module()
+    module.f = tf.function(build, input_signature=[tf.TensorSpec([None], tf.string)])
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures=module.f)
+    with pytest.raises(TfoptError, match=message):
+        run(load(tmp_path / "m"), Log())
+
+
+FLOAT = tf.io.FixedLenFeature([], tf.float32)
+
+
+def test_a_model_without_examples_is_an_error(plain_module):
+    with pytest.raises(TfoptError, match="nothing to do"):
+        run_pass(load(plain_module), "compact_signature", {}, None)
+
+
+def test_learning_passes_stand_before():
+    with pytest.raises(TfoptError, match="put quantize before compact_signature"):
+        recipe.parse(
+            ["prune_graph", "merge_duplicates", "fold_constants", "fold_affine", "compact_signature", "quantize"],
+            "mine",
+        )
+
+
+@pytest.mark.parametrize(
+    "name, files, inputs",
+    [("tfx-chicago-taxi/estimator_serving", "chicago-taxi/tfexamples/Split-*/*", 12), ("tfx-penguin", None, 4)],
+)
+def test_real_models(shared, name, files, inputs):
+    model = cleaned(shared / "models" / name)
+    if files:
+        file_names = tf.io.gfile.glob(str(shared / "data" / files))
+        records = np.array(list(tf.data.TFRecordDataset(file_names, "GZIP").as_numpy_iterator()), object)
+    else:
+        records = examples_of_penguins(shared / "data/penguins/penguins_processed.csv")
+    expected = {}
+    with Function(model) as function:
+        for signature, definition in model.signatures.items():
+            expected[signature] = function(signature, {next(iter(definition.inputs)): records})
+    olds = {signature: next(iter(definition.inputs)) for signature, definition in model.signatures.items()}
+    run(model, Log())
+    with Function(model) as function:
+        for signature, outputs in expected.items():
+            assert len(model.signatures[signature].inputs) == inputs
+            assert model.signatures[signature].method_name == "tensorflow/serving/predict"
+            found = difference(outputs, function(signature, {olds[signature]: records}))
+            assert found.broken is None and found.relative < 1e-6
+
+
+def examples_of_penguins(path):
+    lines = [line.split(",") for line in path.read_text().split()]
+    names = lines[0]
+    records = []
+    for line in lines[1:]:
+        example = tf.train.Example()
+        for key, value in zip(names, line, strict=True):
+            if key != "species":
+                example.features.feature[key].float_list.value.append(float(value))
+        records.append(example.SerializeToString())
+    return np.array(records, object)
