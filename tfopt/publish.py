@@ -32,13 +32,14 @@ class Workspace:
     no file watcher takes for a model, and which the next run with the same output directory removes.
     """
 
-    def __init__(self, output: Path, targets: Sequence[str], *, overwrite: bool):
+    def __init__(self, output: Path, targets: Sequence[str], *, overwrite: bool, flag: str = "--output_dir"):
         """Checks that results can be written.
 
         Args:
           output: the final directory; made if it is missing.
           targets: paths below it that this run writes.
           overwrite: whether existing ones are replaced.
+          flag: the user's name for `output`.
 
         Raises:
           TfoptError: a target exists and may not be replaced, or the place cannot be written.
@@ -48,10 +49,10 @@ class Workspace:
         try:
             anchor = _nearest(output.parent)
             if output.exists() and not output.is_dir():
-                raise TfoptError(f"--output_dir={output}: is a file; name a directory")
+                raise TfoptError(f"{flag}={output}: is a file; name a directory")
             existing = [t for t in targets if (output / t).exists()]
             if existing and not overwrite:
-                raise TfoptError(f"--output_dir={output}: holds {existing[0]} already; pass --overwrite to replace it")
+                raise TfoptError(f"{flag}={output}: holds {existing[0]} already; pass --overwrite to replace it")
             if output.exists() and not os.access(output, os.W_OK | os.X_OK):
                 raise PermissionError(13, "Permission denied")
             remove_stale(output)
@@ -60,7 +61,7 @@ class Workspace:
             self.scratch.mkdir()
             (self._root / "out").mkdir()
         except OSError as error:
-            raise TfoptError(f"--output_dir={output}: cannot be written: {error.strerror}") from error
+            raise TfoptError(f"{flag}={output}: cannot be written: {error.strerror}") from error
 
     def __enter__(self) -> Workspace:
         return self

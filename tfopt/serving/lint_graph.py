@@ -1,10 +1,11 @@
-"""What the signatures of a model run: the ops behind each, and the state that they assign."""
+"""Facts of signatures: whether requests to them can be batched, the ops behind each, the state that they assign."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from tensorflow.core.framework.node_def_pb2 import NodeDef
+from tensorflow.core.protobuf.meta_graph_pb2 import SignatureDef
 
 from tfopt.graph import called_functions, split
 from tfopt.inline import label, tensor_names
@@ -51,4 +52,27 @@ def assigned_state(model: Model) -> dict[str, str]:
             if node.op.startswith(_WRITES) and not node.op.startswith(_READS):
                 found[name] = f"state ({node.op} {node.name!r})"
                 break
+    return found
+
+
+def unbatchable(signature: SignatureDef) -> list[tuple[str, str]]:
+    """Why a batching TensorFlow Serving would fail requests to a signature: (input or output, reason).
+
+    It concatenates all inputs of several requests along dimension 0, runs once, and splits all outputs by rows.
+    """
+    found = [] if signature.inputs else [("", "it has no input, and a batch is made of the rows of inputs")]
+    for name, info in sorted(signature.inputs.items()):
+        dims = [d.size for d in info.tensor_shape.dim]
+        if not info.name:
+            found.append((f"input {name!r}", "is sparse or ragged, and cannot be sent"))
+        elif not dims and not info.tensor_shape.unknown_rank:
+            found.append((f"input {name!r}", "is a scalar: requests cannot be joined along its dimension 0"))
+        elif dims and dims[0] >= 0:
+            found.append((f"input {name!r}", f"has {dims[0]} row{'s' * (dims[0] != 1)} in every request"))
+    for name, info in sorted(signature.outputs.items()):
+        dims = [d.size for d in info.tensor_shape.dim]
+        if not dims and not info.tensor_shape.unknown_rank and info.name:
+            found.append((f"output {name!r}", "is a scalar: it cannot be split over the requests of a batch"))
+        elif dims and dims[0] >= 0 and not any(where.startswith("input") for where, _ in found):
+            found.append((f"output {name!r}", f"has {dims[0]} row{'s' * (dims[0] != 1)} whatever the batch is"))
     return found

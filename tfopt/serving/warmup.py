@@ -9,32 +9,28 @@ is one request for each signature and each allowed batch size.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf.meta_graph_pb2 import SignatureDef
 from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
 
 from tfopt.data import Dataset, load, whole_inputs
 from tfopt.errors import TfoptError
-from tfopt.inline import tensor_names
 from tfopt.model import Model
 from tfopt.model import load as load_model
-from tfopt.runtime import one_line
 from tfopt.serving.lint_graph import assigned_state
+from tfopt.serving.warmup_replay import CLASSIFY, REGRESS, Session, arrays, read, replay, server, target
 from tfopt.verify import features, input_specs, inputs_for
 
 FILE = Path("assets.extra", "tf_serving_warmup_requests")
 MOST = 1000  # records; more are an error at load
 _LARGEST = 1 << 30  # bytes of one request; a protobuf cannot hold more than 2 GiB
 
-CLASSIFY, REGRESS = "tensorflow/serving/classify", "tensorflow/serving/regress"
+__all__ = ["FILE", "MOST", "Session", "Summary", "arrays", "make_log", "read", "replay", "server", "target", "write"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,80 +58,6 @@ class Summary:
         for name, sizes in self.covered.items():
             found.append(f"  {name}: {'batch ' + ', '.join(map(str, sizes)) if sizes else 'no batch'}")
         return found + [f"  {name}: no warmup: {why}" for name, why in self.skipped.items()]
-
-
-class Session:
-    """A SavedModel in a fresh v1 session, as TensorFlow Serving has it; a context manager."""
-
-    def __init__(self, directory: str | Path, config: Any = None):
-        """Loads the model.
-
-        Args:
-          directory: a version directory.
-          config: a ConfigProto.
-
-        Raises:
-          TfoptError: it does not load.
-        """
-        self._graph = tf.Graph()
-        self._session: Any = tf.compat.v1.Session(graph=self._graph, config=config)
-        level = tf.get_logger().level
-        tf.get_logger().setLevel("ERROR")  # the loader's own deprecation
-        try:
-            meta = tf.compat.v1.saved_model.load(self._session, ["serve"], str(directory))
-        except Exception as error:  # whatever the loader stumbles over
-            self._session.close()
-            raise TfoptError(f"{directory}: does not load in a v1 session: {one_line(error)}") from error
-        finally:
-            tf.get_logger().setLevel(level)
-        self.directory = directory
-        self.signatures: dict[str, SignatureDef] = {
-            k: s for k, s in sorted(meta.signature_def.items()) if not k.startswith("__saved_model_")
-        }
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._session.close()
-
-    def call(self, name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Runs a signature; components of sparse inputs and outputs are called `name:component`.
-
-        Raises:
-          TfoptError: it cannot run.
-        """
-        signature = self.signatures[name]
-        try:
-            feeds = {tensor: inputs[key] for key, tensor in _tensors(signature.inputs).items()}
-            return self._session.run(_tensors(signature.outputs), feeds)
-        except (tf.errors.OpError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise TfoptError(f"{self.directory}: signature {name!r} cannot run: {one_line(error)}") from error
-
-    def __call__(self, log: PredictionLog) -> dict[str, np.ndarray]:
-        """Answers a request as TensorFlow Serving would.
-
-        Raises:
-          TfoptError: it would refuse the request.
-        """
-        kind, name = target(log)
-        signature = self.signatures.get(name)
-        if signature is None:
-            raise TfoptError(f"there is no signature {name!r}; there are {', '.join(map(repr, self.signatures))}")
-        if kind == "predict":
-            given = log.predict_log.request.inputs
-            if given.keys() != signature.inputs.keys():
-                raise TfoptError(f"signature {name!r} takes {sorted(signature.inputs)}, received {sorted(given)}")
-            for key, tensor in given.items():
-                if tensor.dtype != signature.inputs[key].dtype:
-                    wanted, received = (tf.as_dtype(d).name for d in (signature.inputs[key].dtype, tensor.dtype))
-                    raise TfoptError(f"input {key!r} of signature {name!r} is {wanted}, received {received}")
-            return self.call(name, {key: tf.make_ndarray(tensor) for key, tensor in given.items()})
-        method = CLASSIFY if kind == "classify" else REGRESS
-        if signature.method_name != method:
-            raise TfoptError(f"signature {name!r} has method {signature.method_name!r}, and a {kind} request came")
-        (key,) = signature.inputs
-        return self.call(name, {key: _serialized(getattr(log, f"{kind}_log").request.input)})
 
 
 def write(
@@ -180,6 +102,7 @@ def write(
     covered: dict[str, list[int]] = {}
     skipped: dict[str, str] = {}
     sources: list[str] = []
+    misfits: list[TfoptError] = []
     with Session(directory) as session:
         for name in model.signatures:
             if name in state:
@@ -190,7 +113,7 @@ def write(
                 skipped[name] = f"TensorFlow Serving cannot be sent the sparse or ragged input {composite[0]!r}"
                 continue
             try:
-                rows = _rows(model, name, data, max(sizes), seed, session)
+                rows = _rows(model, name, data, max(sizes), seed, session, misfits)
             except TfoptError as error:
                 skipped[name] = str(error).removeprefix(f"{directory}: ")
                 continue
@@ -199,6 +122,8 @@ def write(
                 logs.append(make_log(name, model.signatures[name], inputs, model_name))
                 covered[name] += [size] if size else []
             sources.append(rows.source)
+    if misfits and len(misfits) == len(model.signatures) - len(state):
+        raise misfits[0]
     path = directory / FILE
     if logs:
         largest = max(log.ByteSize() for log in logs)
@@ -216,14 +141,15 @@ def write(
     return Summary(path if logs else None, len(logs), written, covered, skipped, source)
 
 
-def _rows(model: Model, name: str, data: str | None, most: int, seed: int, session: Session) -> Dataset:
+def _rows(
+    model: Model, name: str, data: str | None, most: int, seed: int, session: Session, misfits: list[TfoptError]
+) -> Dataset:
     """Inputs that a signature accepts: real ones where they fit."""
     if data:
         try:
             return load(data, input_specs(model, name), feature_spec=features(model, name), limit=most)
-        except TfoptError:
-            if len(model.signatures) == 1:
-                raise
+        except TfoptError as error:
+            misfits.append(error)
     alone = dataclasses.replace(model, signatures={name: model.signatures[name]})
     return inputs_for(alone, None, seed, session.call)[name]
 
@@ -260,98 +186,3 @@ def make_log(name: str, signature: SignatureDef, inputs: Mapping[str, np.ndarray
         for text in np.ravel(examples):
             request.input.example_list.examples.add().MergeFromString(text)
     return log
-
-
-def read(path: str | Path) -> Iterator[PredictionLog]:
-    """The requests of a warmup file.
-
-    Raises:
-      TfoptError: it is no such file.
-    """
-    dataset = tf.data.TFRecordDataset(str(path))
-    records = iter(dataset.as_numpy_iterator())
-    for number in itertools.count():
-        try:
-            yield PredictionLog.FromString(next(records))
-        except StopIteration:
-            return
-        except (DecodeError, tf.errors.OpError, struct.error) as error:
-            raise TfoptError(f"{path}: record {number} cannot be read as a PredictionLog: {one_line(error)}") from error
-
-
-def target(log: PredictionLog) -> tuple[str, str]:
-    """What a request asks for: ("predict", "classify" or "regress", signature).
-
-    Raises:
-      TfoptError: a log that no warmup may hold.
-    """
-    kind = (log.WhichOneof("log_type") or "nothing").removesuffix("_log")
-    if kind not in ("predict", "classify", "regress"):
-        raise TfoptError(f"a warmup request must be Predict, Classify or Regress, found {kind}")
-    return kind, getattr(log, f"{kind}_log").request.model_spec.signature_name or "serving_default"
-
-
-def replay(path: str | Path, run: Callable[[PredictionLog], object]) -> int:
-    """Sends every request of a warmup file.
-
-    Args:
-      path: the file.
-      run: answers one: a `Session`, or `server(...)`.
-
-    Returns:
-      How many there were.
-
-    Raises:
-      TfoptError: the first one that fails, with its number.
-    """
-    count = 0
-    for log in read(path):
-        try:
-            run(log)
-        except TfoptError as error:
-            raise TfoptError(f"{path}: record {count}: {error}") from error
-        count += 1
-    return count
-
-
-def server(address: str, model_name: str, timeout_s: float = 60.0) -> Callable[[PredictionLog], object]:
-    """Answers requests by a server, ours or tensorflow_model_server.
-
-    Args:
-      address: "host:port" of its gRPC.
-      model_name: the model.
-      timeout_s: of one request, in seconds.
-    """
-    import grpc
-    from tensorflow_serving.apis.prediction_service_pb2_grpc import PredictionServiceStub
-
-    size = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
-    stub = PredictionServiceStub(grpc.insecure_channel(address, options=size))
-
-    def run(log: PredictionLog) -> object:
-        kind, name = target(log)
-        request = getattr(log, f"{kind}_log").request
-        request.model_spec.name = model_name
-        try:
-            return getattr(stub, kind.capitalize())(request, timeout=timeout_s)
-        except grpc.RpcError as error:
-            code, details = error.code().name, " ".join(error.details().split())
-            raise TfoptError(f"{address}: {kind} of signature {name!r} failed: {code}: {details}") from error
-
-    return run
-
-
-def _serialized(given: Any) -> np.ndarray:
-    """The serialized tf.Examples of an Input."""
-    kind = given.WhichOneof("kind")
-    if kind is None:
-        raise TfoptError("the request holds no examples")
-    examples = [example.SerializeToString() for example in getattr(given, kind).examples]
-    if kind == "example_list_with_context":
-        # Features of the context come first, as in TensorFlow Serving: the example's own replace them.
-        examples = [given.example_list_with_context.context.SerializeToString() + text for text in examples]
-    return np.array(examples, object)
-
-
-def _tensors(infos: Mapping[str, Any]) -> dict[str, str]:
-    return {f"{k}:{part}" if part else k: tensor for k, info in infos.items() for part, tensor in tensor_names(info)}
