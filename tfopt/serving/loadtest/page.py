@@ -78,16 +78,15 @@ def _headline(result: Result) -> str:
 
 def _tiles(result: Result) -> list[tuple[str, str, str]]:
     latency, ms = result.latency, text.milliseconds
-    tiles = [
+    slo = ""
+    if result.plan.slo_ms is not None:
+        slo = f"; SLO p{result.plan.slo_percentile:g} {result.plan.slo_ms:g} ms {'missed' if result.missed_slo else 'met'}"
+    return [
         ("Median latency", f"{ms(latency.p50)} ms", f"mean {ms(latency.mean)} ms"),
-        ("p99 latency", f"{ms(latency.p99)} ms", f"p99.9 {ms(latency.p999)} ms, max {ms(latency.max)} ms"),
+        ("p99 latency", f"{ms(latency.p99)} ms", f"p99.9 {ms(latency.p999)} ms, max {ms(latency.max)} ms{slo}"),
         ("Achieved", f"{result.achieved:,.1f}/s", f"{result.offered:,.1f}/s offered, {latency.count:,} good answers"),
         ("Failed", f"{result.failed:,}", ", ".join(f"{k} {v}" for k, v in result.errors.items()) or "no errors"),
     ]
-    if result.plan.slo_ms is not None:
-        remark = f"p{result.plan.slo_percentile:g} is {ms(result.slo_latency)} ms"
-        tiles.append((f"SLO {result.plan.slo_ms:g} ms", "missed" if result.missed_slo else "met", remark))
-    return tiles
 
 
 def _plot(
@@ -129,8 +128,8 @@ def _run_plots(result: Result) -> list[Plot]:
 
 
 def _sweep_plots(steps: Sequence[Result]) -> list[Plot]:
-    """Returns latency and achieved rate by offered rate."""
-    steps = [step for step in steps if step.latency.count]
+    """Returns latency and achieved rate by offered rate; of runs at the same rate the last one, which decided."""
+    steps = list({step.plan.rate: step for step in steps if step.latency.count}.values())
     if len(steps) < 2:
         return []
     rate = Axis("offered requests per second", lambda v: f"{v:,.4g}")
@@ -146,11 +145,11 @@ def _sweep_plots(steps: Sequence[Result]) -> list[Plot]:
         ("achieved", "due", [(s.offered, s.achieved) for s in steps]),
         ("offered", "slo", [(s.offered, s.offered) for s in (steps[0], steps[-1])]),
     ]
+    x = Axis(rate.title, rate.text, log=False, from_zero=True)
+    y = Axis("requests per second", rate.text, log=False, from_zero=True)
     return [
-        _plot("Latency by offered rate", series, rate, Axis("latency in ms", text.milliseconds), "All runs."),
-        _plot(
-            "Achieved by offered rate", achieved, rate, Axis("requests per second", lambda v: f"{v:,.4g}"), "All runs."
-        ),
+        _plot("Latency by offered rate", series, rate, Axis("latency in ms", text.milliseconds), ""),
+        _plot("Achieved by offered rate", achieved, x, y, ""),
     ]
 
 
