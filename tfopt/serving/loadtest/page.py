@@ -80,7 +80,8 @@ def _tiles(result: Result) -> list[tuple[str, str, str]]:
     latency, ms = result.latency, text.milliseconds
     slo = ""
     if result.plan.slo_ms is not None:
-        slo = f"; SLO p{result.plan.slo_percentile:g} {result.plan.slo_ms:g} ms {'missed' if result.missed_slo else 'met'}"
+        verdict = "missed" if result.missed_slo else "met"
+        slo = f"; SLO p{result.plan.slo_percentile:g} {result.plan.slo_ms:g} ms {verdict}"
     return [
         ("Median latency", f"{ms(latency.p50)} ms", f"mean {ms(latency.mean)} ms"),
         ("p99 latency", f"{ms(latency.p99)} ms", f"p99.9 {ms(latency.p999)} ms, max {ms(latency.max)} ms{slo}"),

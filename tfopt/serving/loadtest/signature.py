@@ -30,10 +30,11 @@ def read(target: Target) -> Signature:
             f"it has: {have}"
         )
     found = definitions[target.signature_name]
-    return Signature(_specs(found.inputs), _specs(found.outputs))
+    return Signature(specs_of(found.inputs), specs_of(found.outputs))
 
 
-def _specs(infos: Any) -> dict[str, TensorSpec]:
+def specs_of(infos: Any) -> dict[str, TensorSpec]:
+    """The inputs or outputs of a SignatureDef."""
     import tensorflow as tf
 
     specs = {}
