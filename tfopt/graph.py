@@ -400,7 +400,7 @@ def function_body(function: FunctionDef, library: Mapping[str, FunctionDef]) -> 
         arguments.append(arg.name)
         flat[arg.name] = arg.name
     for source in function.node_def:
-        for label, start, count in _output_ranges(source, library):
+        for label, start, count in output_ranges(source, library):
             for i in range(count):
                 flat[f"{source.name}:{label}:{i}"] = join(source.name, start + i)
             flat[f"{source.name}:{label}"] = join(source.name, start)
@@ -429,7 +429,7 @@ def function_def(graph: Graph, original: FunctionDef, name: str, library: Mappin
     labels: dict[str, str] = {arg: arg for arg in graph.arguments}
     for node in graph.nodes.values():
         if node.name not in arguments:
-            for label, start, count in _output_ranges(node, library):
+            for label, start, count in output_ranges(node, library):
                 for i in range(count):
                     labels[join(node.name, start + i)] = f"{node.name}:{label}:{i}"
     for node in graph.topological():
@@ -452,7 +452,7 @@ def function_def(graph: Graph, original: FunctionDef, name: str, library: Mappin
     return function
 
 
-def _output_ranges(node: NodeDef, library: Mapping[str, FunctionDef]) -> Iterator[tuple[str, int, int]]:
+def output_ranges(node: NodeDef, library: Mapping[str, FunctionDef]) -> Iterator[tuple[str, int, int]]:
     """Yields (output name, first port, number of ports) for each named output of a node."""
     called = library.get(node.op)
     definition = called.signature if called is not None else op_def(node.op)

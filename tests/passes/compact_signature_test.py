@@ -152,6 +152,79 @@ def test_what_is_refused(tmp_path, build, message):
 FLOAT = tf.io.FixedLenFeature([], tf.float32)
 
 
+SEQUENCE_CONTEXT = {"a": FLOAT, "v": tf.io.VarLenFeature(tf.int64)}
+SEQUENCE_LISTS = {
+    "d": tf.io.FixedLenSequenceFeature([2], tf.float32),
+    "s": tf.io.VarLenFeature(tf.int64),
+    "r": tf.io.RaggedFeature(tf.int64),
+}
+
+
+def sequence_example(a, v, d, s, r):
+    lists = {"d": d, "s": s, "r": r}
+    example = tf.train.SequenceExample()
+    example.context.feature["a"].float_list.value.append(a)
+    example.context.feature["v"].int64_list.value.extend(v)
+    for name, steps in lists.items():
+        for step in steps:
+            feature = example.feature_lists.feature_list[name].feature.add()
+            getattr(feature, "float_list" if name == "d" else "int64_list").value.extend(step)
+    return example.SerializeToString()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_sequence_examples(tmp_path, count):
+    def f(x):
+        context, lists, lengths = tf.io.parse_sequence_example(x, SEQUENCE_CONTEXT, SEQUENCE_LISTS)
+        return {
+            "a": context["a"] + tf.cast(tf.sparse.reduce_sum(context["v"], axis=1), tf.float32),
+            "d": tf.reduce_sum(lists["d"], axis=[1, 2]) + tf.cast(lengths["d"], tf.float32),
+            "s": tf.sparse.to_dense(lists["s"], -1),
+            "r": tf.reduce_sum(lists["r"], axis=2).to_tensor(-5),
+        }
+
+    module = tf.Module()
+    module.f = tf.function(f, input_signature=[tf.TensorSpec([None], tf.string)])
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures=module.f)
+    records = [
+        sequence_example(1.5, [1, 2], [[1, 2], [3, 4]], [[1], [], [2, 3]], [[7, 8], [9]]),
+        sequence_example(2.5, [], [[5, 6]], [[4, 5]], [[], [1]]),
+        sequence_example(0, [3], [[7, 8]], [[6]], [[2, 2, 2]]),
+    ][:count]
+    model = cleaned(tmp_path / "m")
+    expected = outputs_of(model, "x", records)
+    log = Log()
+    run(model, log)
+    assert log.applied["feature list"] == 3
+    received = outputs_of(model, "x", records)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(received[name], array)
+
+
+def outputs_of(model, name, records):
+    with Function(model) as function:
+        return function("serving_default", {name: np.array(records, object)})
+
+
+def test_a_single_example(tmp_path):
+    def f(x):
+        parsed = tf.io.parse_single_example(x, {"a": FLOAT, "v": tf.io.VarLenFeature(tf.int64)})
+        return {"y": tf.cast(tf.sparse.to_dense(parsed["v"]), tf.float32) * parsed["a"]}
+
+    module = tf.Module()
+    module.f = tf.function(f, input_signature=[tf.TensorSpec([], tf.string)])
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures=module.f)
+    example = tf.train.Example()
+    example.features.feature["a"].float_list.value.append(2.0)
+    example.features.feature["v"].int64_list.value.extend([4, 5])
+    model = cleaned(tmp_path / "m")
+    expected = outputs_of(model, "x", example.SerializeToString())
+    run(model, Log())
+    assert [len(i.tensor_shape.dim) for _, i in sorted(model.signatures["serving_default"].inputs.items())] == [0, 1]
+    np.testing.assert_array_equal(outputs_of(model, "x", example.SerializeToString())["y"], expected["y"])
+    assert expected["y"].tolist() == [8.0, 10.0]
+
+
 def test_a_model_without_examples_is_an_error(plain_module):
     with pytest.raises(TfoptError, match="nothing to do"):
         run_pass(load(plain_module), "compact_signature", {}, None)

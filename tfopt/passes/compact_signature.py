@@ -21,11 +21,12 @@ from tfopt.inline import label, tensor_names
 from tfopt.model import Model
 from tfopt.passes import INVARIANTS, Pass
 from tfopt.rewrite import Log, Refused
-from tfopt.serving.sparse_inputs import Form, column, masked, placeholder, with_row_splits
+from tfopt.serving.sequence_inputs import lists
+from tfopt.serving.sparse_inputs import Form, column, masked, of_one_example, placeholder, with_row_splits
 
 _SPARSE = {"mask": masked, "row_splits": with_row_splits}
-_PARSERS = ("ParseExample", "ParseExampleV2")
-_OTHER_PARSERS = ("ParseSingleExample", "ParseSequenceExample", "ParseSequenceExampleV2", "ParseSingleSequenceExample")
+_PARSERS = ("ParseExample", "ParseExampleV2", "ParseSingleExample", "ParseSequenceExampleV2")
+_OTHER_PARSERS = ("ParseSequenceExample", "ParseSingleSequenceExample")  # of TF 1
 _PREDICT = "tensorflow/serving/predict"
 
 
@@ -51,7 +52,7 @@ def run(model: Model, log: Log, sparse: str = "mask", keep_example_signature: bo
     for source, names in groups.items():
         try:
             parsers = _parsers(model.graph, source)
-            features = _features(model.graph, parsers)
+            features = _features(model.graph, source, parsers)
         except Refused as reason:
             log.refused["tf.Example", source] = str(reason)
             continue
@@ -85,20 +86,30 @@ def _parsers(graph: Graph, source: str) -> list[str]:
             elif op == "Identity":
                 pending.append(user)
             elif op in _OTHER_PARSERS:
-                raise Refused(f"{op} ({user}) is not taken apart yet; only ParseExample and ParseExampleV2 are")
+                raise Refused(f"{op} ({user}) of TensorFlow 1 is not taken apart; {', '.join(_PARSERS)} are")
             elif op not in ("Shape", "Size", "NoOp"):
                 raise Refused(f"node {user!r} ({op}) reads the serialized examples too")
+    if _is_single(graph, source) and any(graph.nodes[name].op == "ParseSequenceExampleV2" for name in found):
+        raise Refused("a single SequenceExample is not taken apart; batches of them are")
     if not found:
         raise Refused("no parsing node of the main body reads this string input")
     return found
 
 
-def _features(graph: Graph, parsers: list[str]) -> dict[str, Feature]:
+def _is_single(graph: Graph, source: str) -> bool:
+    """Whether an input is one serialized example: its features have no axis of rows."""
+    shape = graph.nodes[source].attr["shape"].shape
+    return not shape.unknown_rank and not shape.dim
+
+
+def _features(graph: Graph, source: str, parsers: list[str]) -> dict[str, Feature]:
     found: dict[str, Feature] = {}
     for parser in parsers:
         for feature in parsed_features(graph, graph.nodes[parser]):
-            if feature.name in found and len(parsers) > 1:
-                raise Refused(f"feature {feature.name!r} is parsed by several nodes")
+            if feature.kind == "ragged" and _is_single(graph, source):
+                raise Refused(f"feature {feature.name!r} is a ragged one of a single example")
+            if feature.name in found:
+                raise Refused(f"feature {feature.name!r} is parsed twice")
             found[feature.name] = feature
     return found
 
@@ -112,7 +123,7 @@ def _replace(
     names: list[str],
     sparse: str,
 ) -> None:
-    graph = model.graph
+    graph, single = model.graph, _is_single(model.graph, source)
     forms: dict[str, Form] = {}
     unused = []
     for parser in parsers:
@@ -120,7 +131,7 @@ def _replace(
             if not _is_used(graph, parser, feature):
                 unused.append(feature.name)
                 continue
-            forms[feature.name] = _form(graph, parser, feature, sparse, log)
+            forms[feature.name] = _form(graph, parser, feature, sparse, single, log)
     if not forms:
         raise Refused("no feature of the examples is used")
     inputs = {name: place for form in forms.values() for name, place in form.inputs.items()}
@@ -134,7 +145,7 @@ def _replace(
     for name in names:
         signature = model.signatures[name]
         (old,) = signature.inputs
-        model.requests[name] = [{"step": "features", "input": old, "features": described}, *steps]
+        model.requests[name] = [{"step": "features", "input": old, "features": described, "single": single}, *steps]
         del signature.inputs[old]
         for key, (ref, shape) in inputs.items():
             info = signature.inputs[key]
@@ -158,16 +169,23 @@ def _is_used(graph: Graph, parser: str, feature: Feature) -> bool:
     )
 
 
-def _form(graph: Graph, parser: str, feature: Feature, sparse: str, log: Log) -> Form:
+def _form(graph: Graph, parser: str, feature: Feature, sparse: str, single: bool, log: Log) -> Form:
     if feature.kind in ("fixed", "padded"):
-        shape = (-1, *feature.shape) if feature.kind == "fixed" else (-1, -1, *feature.shape)
+        of_row = feature.shape if feature.kind == "fixed" else (-1, *feature.shape)
+        shape = of_row if single else (-1, *of_row)
         ref = placeholder(graph, feature.name, feature.dtype, shape)
         graph.redirect(join(parser, feature.ports["values"]), ref)
-        described: dict[str, Any] = {"dtype": feature.dtype.name, "shape": list(shape[1:])}
+        described: dict[str, Any] = {"dtype": feature.dtype.name, "shape": list(of_row)}
         if feature.default is not None:
             described["default"] = _plain(feature.default)
         log.applied[f"{feature.kind} feature"] += 1
         return Form({feature.name: (ref, shape)}, described)
+    if feature.kind.endswith("lists"):
+        log.applied["feature list"] += 1
+        return lists(graph, feature, parser)
+    if single:
+        log.applied["sparse feature of a single example"] += 1
+        return of_one_example(graph, feature, parser)
     form = column(graph, feature, parser) if feature.kind == "sparse" else None
     if form is not None:
         log.applied["sparse feature of one value, with a mask" if form.step else "sparse feature with a default"] += 1

@@ -43,7 +43,8 @@ def columns(features: Mapping[str, Mapping[str, Any]], rows: Iterable[Mapping[st
       rows: of each, feature name -> value, or list of values; a feature may be missing, or None.
 
     Returns:
-      Feature name -> array (rows, *shape); of a feature without a shape an object array of one list for each row.
+      Feature name -> array (rows, *shape); of a feature without a shape an object array of one list for each row, of
+      a "list" one of such lists, step by step.
 
     Raises:
       ValueError: a feature without a default is missing, or has another number of values.
@@ -54,6 +55,11 @@ def columns(features: Mapping[str, Mapping[str, Any]], rows: Iterable[Mapping[st
 
 def _column(name: str, feature: Mapping[str, Any], values: list[Any]) -> np.ndarray:
     dtype = object if feature["dtype"] == "string" else np.dtype(feature["dtype"])
+    if feature.get("list"):
+        lists = np.empty(len(values), object)
+        for row, value in enumerate(values):
+            lists[row] = [_flat(each, dtype) for each in ([] if value is None else value)]
+        return lists
     shape, default = feature["shape"], feature.get("default")
     if shape is None:
         column = np.empty(len(values), object)
@@ -107,19 +113,38 @@ def _fill(dtype: Any) -> Any:
 
 
 def features(step: Step, arrays: Arrays) -> Arrays:
-    """Serialized tf.Examples become columns; columns stay.
+    """Serialized tf.Examples, or SequenceExamples, become columns; columns stay.
 
-    The step holds "features" (see `columns`) and "input", the name of the serialized examples.
+    The step holds "features" (see `columns`), "input", the name of the serialized examples, and whether the signature
+    takes a "single" one, and hence no axis of rows.
     """
-    if step["input"] not in arrays:
-        return {name: arrays[name] for name in step["features"]}
-    from tensorflow.core.example.example_pb2 import Example  # only here: clients may have no TensorFlow
+    wanted = step["features"]
+    if step["input"] in arrays:
+        arrays = columns(wanted, _parsed(np.asarray(arrays[step["input"]]).reshape(-1), wanted))
+    if not step.get("single"):
+        return {name: arrays[name] for name in wanted}
+    if any(len(arrays[name]) != 1 for name in wanted):
+        raise ValueError("the signature takes one row")
+    return {name: arrays[name][0] for name in wanted}
 
+
+def _parsed(records: np.ndarray, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
+    from tensorflow.core.example import example_pb2  # only here: clients may have no TensorFlow
+
+    def value(feature: Any) -> Any:
+        kind = feature.WhichOneof("kind")
+        return getattr(feature, kind).value if kind else None
+
+    if not any(feature.get("list") for feature in wanted.values()):
+        parsed = [example_pb2.Example.FromString(record).features.feature for record in records]
+        return [{name: value(row[name]) for name in wanted if name in row} for row in parsed]
     rows = []
-    for record in arrays[step["input"]].reshape(-1):
-        parsed = Example.FromString(record).features.feature
-        rows.append({k: getattr(v, v.WhichOneof("kind")).value for k, v in parsed.items() if v.WhichOneof("kind")})
-    return columns(step["features"], rows)
+    for record in records:
+        example = example_pb2.SequenceExample.FromString(record)
+        context, lists = example.context.feature, example.feature_lists.feature_list
+        row = {name: value(context[name]) for name in wanted if name in context}
+        rows.append(row | {name: [value(each) for each in lists[name].feature] for name in wanted if name in lists})
+    return rows
 
 
 def pad(step: Step, arrays: Arrays) -> Arrays:
@@ -218,6 +243,48 @@ def pack(step: Step, arrays: Arrays) -> Arrays:
     return {step["into"]: packed, **{name: array for name, array in arrays.items() if name not in step["from"]}}
 
 
+def stack(step: Step, arrays: Arrays) -> Arrays:
+    """A column of steps of one "shape" becomes values (rows, steps, *shape), filled up, and "lengths" (rows,)."""
+    rows, shape = arrays[step["input"]], step["shape"]
+    lengths = np.array([len(steps) for steps in rows], np.int64)
+    dtype = next((each.dtype for steps in rows for each in steps), np.dtype(np.float32))
+    values = np.full((len(rows), lengths.max(initial=0), *shape), _fill(dtype), dtype)
+    for row, steps in enumerate(rows):
+        for at, each in enumerate(steps):
+            if each.size != values[row, at].size:
+                raise ValueError(
+                    f"input {step['input']!r}, row {row}, step {at}: wants {values[row, at].size} values, "
+                    f"received {each.size}"
+                )
+            values[row, at] = each.reshape(shape)
+    return {**arrays, step["input"]: values, step["lengths"]: lengths}
+
+
+def pad_lists(step: Step, arrays: Arrays) -> Arrays:
+    """A column of steps of any length becomes values (rows, steps, width), filled up, and a "mask" of what is there."""
+    rows = arrays[step["input"]]
+    longest = max((len(steps) for steps in rows), default=0)
+    width = max((len(each) for steps in rows for each in steps), default=0)
+    dtype = next((each.dtype for steps in rows for each in steps), np.dtype(np.float32))
+    values = np.full((len(rows), longest, width), _fill(dtype), dtype)
+    mask = np.zeros(values.shape, bool)
+    for row, steps in enumerate(rows):
+        for at, each in enumerate(steps):
+            values[row, at, : len(each)] = each
+            mask[row, at, : len(each)] = True
+    return {**arrays, step["input"]: values, step["mask"]: mask}
+
+
+def nest(step: Step, arrays: Arrays) -> Arrays:
+    """A column of steps of any length becomes all values, the "outer" splits of rows, and the "inner" ones of steps."""
+    rows = arrays[step["input"]]
+    flat = [each for steps in rows for each in steps]
+    values = np.concatenate(flat) if flat else np.empty(0, object)
+    outer = np.cumsum([0, *map(len, rows)]).astype(step["dtype"])
+    inner = np.cumsum([0, *map(len, flat)]).astype(step["dtype"])
+    return {**arrays, step["input"]: values, step["outer"]: outer, step["inner"]: inner}
+
+
 KINDS: dict[str, Callable[[Step, Arrays], Arrays]] = {
-    "features": features, "pad": pad, "split": split, "once": once, "narrow": narrow, "pack": pack,
-}  # fmt: skip
+    f.__name__: f for f in (features, pad, split, stack, pad_lists, nest, once, narrow, pack)
+}

@@ -118,6 +118,20 @@ def masked(graph: Graph, feature: Feature, parser: str) -> Form:
     return Form(inputs, {"dtype": dtype.name, "shape": None}, step)
 
 
+def of_one_example(graph: Graph, feature: Feature, parser: str) -> Form:
+    """Replaces a sparse feature of a single example, whose tensors have no axis of rows, by its values."""
+    x = placeholder(graph, feature.name, feature.dtype, (-1,))
+    zero, one = (graph.add_constant(f"{x}/{v}", np.array(v, np.int64)) for v in (0, 1))
+    count = graph.add_op(f"{x}/count", "Size", [x], T=feature.dtype, out_type=tf.int64)
+    positions = graph.add_op(f"{x}/positions", "Range", [zero, count, one], Tidx=tf.int64)
+    target = graph.add_constant(f"{x}/target", np.array([-1, 1], np.int32))
+    indices = graph.add_op(f"{x}/indices", "Reshape", [positions, target], T=tf.int64, Tshape=tf.int32)
+    shape = graph.add_op(f"{x}/shape", "Shape", [x], T=feature.dtype, out_type=tf.int64)
+    for part, ref in {"indices": indices, "values": x, "shape": shape}.items():
+        graph.redirect(join(parser, feature.ports[part]), ref)
+    return Form({feature.name: (x, (-1,))}, {"dtype": feature.dtype.name, "shape": None})
+
+
 def with_row_splits(graph: Graph, feature: Feature, parser: str) -> Form:
     """Replaces a sparse or ragged feature by the values of all rows, one after another, and where each row begins."""
     dtype, splits_name = feature.dtype, f"{feature.name}_row_splits"
