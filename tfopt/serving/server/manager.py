@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +16,12 @@ from tensorflow_serving.apis import get_model_status_pb2
 
 from tfopt.errors import one_line
 from tfopt.serving.server.errors import ServingError, from_tensorflow, invalid, not_found
-from tfopt.serving.server.servable import Servable
+from tfopt.serving.server.servable import Servable, log
 from tfopt.serving.server.versions import aspired, stamp
 
 START, LOADING, AVAILABLE, UNLOADING, END = map(
     get_model_status_pb2.ModelVersionStatus.State.Value, ["START", "LOADING", "AVAILABLE", "UNLOADING", "END"]
 )
-_log = logging.getLogger("tfopt.serve")
 
 Load = Callable[[str, int, Path], Servable]
 
@@ -89,9 +87,12 @@ class Manager:
         self._require(models)
 
     def poll(self) -> None:
-        """Looks at the version directories once, and does what is to be done."""
-        with self._polling:
-            self._reconcile()
+        """Looks at the version directories once, and does what is to be done; what fails is said in the log."""
+        try:
+            with self._polling:
+                self._reconcile()
+        except Exception:
+            log.exception("looking for versions failed")
 
     @contextlib.contextmanager
     def using(self, spec: Any) -> Iterator[Servable]:
@@ -208,18 +209,18 @@ class Manager:
 
     def _load_version(self, name: str, model: Model, version: Version) -> None:
         self._set(model, version, LOADING)
-        _log.info("loading version %d of %s from %s", version.number, name, version.path)
+        log.info("loading version %d of %s from %s", version.number, name, version.path)
         try:
             servable = self._load(name, version.number, version.path)
         except Exception as error:
             failed = error if isinstance(error, ServingError) else from_tensorflow(error)
             version.error = ServingError(failed.code, one_line(error))
             self._set(model, version, END)
-            _log.error("version %d of %s cannot be loaded: %s", version.number, name, version.error.message)
+            log.error("version %d of %s cannot be loaded: %s", version.number, name, version.error.message)
             return
         version.servable = servable
         self._set(model, version, AVAILABLE)
-        _log.info("serving version %d of %s", version.number, name)
+        log.info("serving version %d of %s", version.number, name)
 
     def _unload(self, name: str, model: Model, keep: set[int]) -> None:
         for version in list(model.versions.values()):
@@ -233,7 +234,7 @@ class Manager:
             servable.close()  # type: ignore[union-attr]
             del servable
             self._set(model, version, END)
-            _log.info("unloaded version %d of %s", version.number, name)
+            log.info("unloaded version %d of %s", version.number, name)
 
     def _set(self, model: Model, version: Version, state: int) -> None:
         with self._lock:
