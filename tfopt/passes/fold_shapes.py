@@ -7,6 +7,7 @@ exports for a Dense layer on more than two axes, Shape -> GatherV2 -> Prod -> Pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -124,11 +125,11 @@ class _Shapes:
         if node.op in _HAND_ON:
             return self.entries(graph, inputs[0], depth - 1) or unknown
         found = [self.entries(graph, r, depth - 1) for r in inputs]
-        result = _evaluate(node, found)
+        result = evaluate(node, found)
         return unknown if result is None or len(result) != len(unknown) else result
 
 
-def _evaluate(node: NodeDef, inputs: Sequence[Entries | None]) -> Entries | None:
+def evaluate(node: NodeDef, inputs: Sequence[Entries | None]) -> Entries | None:
     """The entries that an op computes from those of its inputs; None where this file does not know the op."""
     if node.op == "Pack":
         return [entry for given in inputs for entry in (given or [None])]
@@ -142,7 +143,7 @@ def _evaluate(node: NodeDef, inputs: Sequence[Entries | None]) -> Entries | None
         if axis == [0] and None not in indices:
             return [source[i] if -len(source) <= i < len(source) else None for i in indices if i is not None]
     elif node.op == "Prod":
-        return [None if None in known[0] else int(np.prod([d for d in known[0] if d is not None], dtype=np.int64))]
+        return [None if None in known[0] else math.prod(d for d in known[0] if d is not None)]
     elif node.op == "StridedSlice":
         return _strided_slice(node, *known)
     elif node.op == "Slice" and None not in known[1] + known[2]:
