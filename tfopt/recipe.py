@@ -61,6 +61,7 @@ NAMED: dict[str, dict[str, Any]] = {
             *_LOSSLESS,
             "compact_signature",
             *_LOSSLESS,
+            "client_lookups",
             "broadcast_inputs",
             "narrow_inputs",
             "pack_inputs",

@@ -213,7 +213,7 @@ NAMES = (
     *("equalize", "correct_bias", "quantize", "mixed_precision", "train_quantized"),
     *("bfloat16", "int8_weights", "binarize", "distill", "prune_magnitude", "cluster"),
     *("compress_inputs", "compress_embeddings", "prune_channels", "prune_layers", "low_rank"),
-    *("compact_signature", "narrow_inputs", "pack_inputs", "broadcast_inputs"),
+    *("compact_signature", "client_lookups", "narrow_inputs", "pack_inputs", "broadcast_inputs"),
 )
 
 

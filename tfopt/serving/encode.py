@@ -243,6 +243,14 @@ def pack(step: Step, arrays: Arrays) -> Arrays:
     return {step["into"]: packed, **{name: array for name, array in arrays.items() if name not in step["from"]}}
 
 
+def lookup(step: Step, arrays: Arrays) -> Arrays:
+    """Strings become the numbers of a "table", those that are not in it the "default", in "shape" for each row."""
+    strings, table, default = arrays[step["input"]], step["table"], step["default"]
+    texts = [v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for v in strings.reshape(-1)]
+    numbers = np.array([table.get(text, default) for text in texts], step["dtype"])
+    return {**arrays, step["input"]: numbers.reshape(len(strings), *step["shape"])}
+
+
 def stack(step: Step, arrays: Arrays) -> Arrays:
     """A column of steps of one "shape" becomes values (rows, steps, *shape), filled up, and "lengths" (rows,)."""
     rows, shape = arrays[step["input"]], step["shape"]
@@ -286,5 +294,5 @@ def nest(step: Step, arrays: Arrays) -> Arrays:
 
 
 KINDS: dict[str, Callable[[Step, Arrays], Arrays]] = {
-    f.__name__: f for f in (features, pad, split, stack, pad_lists, nest, once, narrow, pack)
+    f.__name__: f for f in (features, pad, split, stack, pad_lists, nest, lookup, once, narrow, pack)
 }

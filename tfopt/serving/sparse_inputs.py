@@ -15,6 +15,7 @@ Transform fills in what is missing) needs none of this: it is a column X (rows, 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from tfopt.feature_spec import Feature
 from tfopt.graph import Graph, join, split
 
 # Element by element, so that values may be computed for rows that have none, and left aside afterwards.
-_ELEMENTWISE = (
+ELEMENTWISE = (
     *("Identity", "Cast", "LookupTableFindV2", "LookupTableFind", "StringToHashBucketFast", "StringToHashBucket"),
     *("StringToHashBucketStrong", "AsString", "StringLower", "StringUpper", "StringStrip", "Select", "SelectV2"),
     *("Equal", "NotEqual", "Greater", "GreaterEqual", "Less", "LessEqual", "LogicalAnd", "LogicalOr", "LogicalNot"),
@@ -42,7 +43,7 @@ class Form:
       step: what the client does next; None where the column is sent as it is.
     """
 
-    inputs: dict[str, tuple[str, tuple[int, ...]]]
+    inputs: Mapping[str, tuple[str, tuple[int, ...]]]
     feature: dict[str, Any]
     step: dict[str, Any] | None = None
 
@@ -264,7 +265,7 @@ def _elementwise_ends(graph: Graph, values: str, targets: set[str]) -> bool | No
             if user in targets and index == 2:
                 continue
             node = graph.nodes.get(user)
-            if node is None or node.op not in _ELEMENTWISE:
+            if node is None or node.op not in ELEMENTWISE:
                 return None
             computed = True
             if user not in seen:
