@@ -42,6 +42,9 @@ flags.DEFINE_integer("num_load_threads", 0, "Versions loaded at once; 0: 2.", lo
 flags.DEFINE_integer(
     "grpc_max_threads", 0, "Requests worked on at once; 0: 4 for each core, more with batching.", lower_bound=0
 )
+flags.DEFINE_enum(
+    "grpc_server", "aio", ["aio", "threads"], "Which server of grpcio. (tensorflow_model_server has no such flag.)"
+)
 flags.DEFINE_integer("tensorflow_session_parallelism", 0, "Threads of both pools below.", lower_bound=0)
 flags.DEFINE_integer(
     "tensorflow_intra_op_parallelism", 0, "Threads inside an operation; 0: as many as cores.", lower_bound=0
@@ -52,7 +55,7 @@ flags.DEFINE_integer(
 flags.DEFINE_bool("enable_serialization_as_tensor_content", False, "Numbers of gRPC answers in tensor_content.")
 flags.DEFINE_bool("version", False, "Print the version and end.")
 
-_NOT_HERE = [
+_NOT_HERE = {
     "enable_grpc_healthcheck_service",
     "enable_profiler",
     "enable_signature_method_name_check",
@@ -78,7 +81,7 @@ _NOT_HERE = [
     "use_tflite_model",
     "xla_cpu_compilation_enabled",
     "xla_gpu_compilation_enabled",
-]
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -121,6 +124,7 @@ def main(argv: Sequence[str]) -> int:
             poll_s=FLAGS.file_system_poll_wait_seconds,
             load_threads=FLAGS.num_load_threads,
             request_threads=FLAGS.grpc_max_threads,
+            threaded=FLAGS.grpc_server == "threads",
             as_content=FLAGS.enable_serialization_as_tensor_content,
             load=LoadOptions(
                 intra_op=FLAGS.tensorflow_intra_op_parallelism or FLAGS.tensorflow_session_parallelism,

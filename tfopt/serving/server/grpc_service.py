@@ -1,12 +1,13 @@
-"""TensorFlow Serving's gRPC services: the real servicers, on grpc.aio.
+"""TensorFlow Serving's gRPC services: the real servicers, on grpc.aio or on grpc's threads.
 
-The event loop parses and serializes; the work in between is done in a pool of threads, since a session run releases
-the GIL. What a thread has begun it ends, also where its client has gone: only then is the version free to be unloaded.
+What a thread has begun it ends, also where its client has gone: only then is the version free to be unloaded.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Executor
 from typing import Any
 
@@ -23,18 +24,12 @@ _PREDICTION = ("Predict", "Classify", "Regress", "MultiInference", "GetModelMeta
 _MODEL = ("GetModelStatus", "HandleReloadConfigRequest")
 
 
-def server(service: Service, pool: Executor) -> grpc.aio.Server:
-    """A gRPC server without a port; call it inside the event loop that it is to run in."""
-    made = grpc.aio.server(options=OPTIONS)
-    prediction = _servicer(prediction_service_pb2_grpc.PredictionServiceServicer, _PREDICTION, service, pool)
-    model = _servicer(model_service_pb2_grpc.ModelServiceServicer, _MODEL, service, pool)
-    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(prediction, made)
-    model_service_pb2_grpc.add_ModelServiceServicer_to_server(model, made)
-    return made
+def asynchronous(service: Service, pool: Executor) -> grpc.aio.Server:
+    """A grpc.aio server without a port; call it inside the event loop that it is to run in.
 
-
-def _servicer(base: type, calls: tuple[str, ...], service: Service, pool: Executor) -> Any:
-    """A servicer whose calls are all answered by the service."""
+    The event loop parses and serializes; the work in between is done in a pool of threads, since a session run releases
+    the GIL.
+    """
 
     def method(call: str) -> Any:
         async def answer(_: Any, request: Any, context: Any) -> Any:
@@ -45,4 +40,36 @@ def _servicer(base: type, calls: tuple[str, ...], service: Service, pool: Execut
 
         return answer
 
-    return type(base.__name__, (base,), {call: method(call) for call in calls})()
+    return _with_services(grpc.aio.server(options=OPTIONS), method)
+
+
+def threaded(service: Service, pool: futures.ThreadPoolExecutor) -> grpc.Server:
+    """A server of the same library that gives each request a thread of the pool, as tensorflow_model_server does."""
+
+    def method(call: str) -> Any:
+        def answer(_: Any, request: Any, context: Any) -> Any:
+            try:
+                return service.answer(call, request)
+            except ServingError as error:
+                context.abort(error.code, error.message)
+
+        return answer
+
+    return _with_services(grpc.server(pool, options=OPTIONS), method)
+
+
+def _with_services(server: Any, method: Callable[[str], Any]) -> Any:
+    for base, calls, add in (
+        (
+            prediction_service_pb2_grpc.PredictionServiceServicer,
+            _PREDICTION,
+            prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server,
+        ),
+        (
+            model_service_pb2_grpc.ModelServiceServicer,
+            _MODEL,
+            model_service_pb2_grpc.add_ModelServiceServicer_to_server,
+        ),
+    ):
+        add(type(base.__name__, (base,), {call: method(call) for call in calls})(), server)
+    return server

@@ -47,6 +47,7 @@ class Options:
       poll_s: how often to look for versions; 0 for once, at the start.
       load_threads: how many versions are loaded at once.
       request_threads: how many requests are worked on at once; 0: 4 for each core, or more where batches need more.
+      threaded: gRPC on threads rather than on grpc.aio.
       as_content: answers hold numbers as `tensor_content`.
       grace_s: how long requests may take to end once the server is told to stop.
       load: how versions are loaded.
@@ -66,6 +67,7 @@ class Options:
     poll_s: float = 1
     load_threads: int = 0
     request_threads: int = 0
+    threaded: bool = False
     as_content: bool = False
     grace_s: float = 30
     load: LoadOptions = dataclasses.field(default_factory=LoadOptions)
@@ -117,7 +119,8 @@ async def _listen(options: Options, manager: Manager, metrics_path: str | None) 
         loop.add_signal_handler(number, stop.set)
     service = Service(manager, options.as_content)
     pool = ThreadPoolExecutor(_request_threads(options), "request")
-    server = grpc_service.server(service, pool)
+    make = grpc_service.threaded if options.threaded else grpc_service.asynchronous
+    server: Any = make(service, pool)
     web = None
     if options.rest_port is not None:
         web = _Web(rest.application(service, pool, metrics_path, options.rest_timeout_s), options)
@@ -127,7 +130,7 @@ async def _listen(options: Options, manager: Manager, metrics_path: str | None) 
             server.add_insecure_port(f"unix:{options.socket_path}")
     except RuntimeError as error:
         raise TfoptError(f"--port={options.port}: cannot listen at {options.address}: is it in use?") from error
-    await server.start()
+    await (asyncio.to_thread(server.start) if options.threaded else server.start())
     log.info("%s%s:%d ...", GRPC_AT, options.address, port)
     watchers = [asyncio.create_task(_watch(options, manager)), asyncio.create_task(_follow_parent(stop))]
     tasks = []
@@ -141,7 +144,10 @@ async def _listen(options: Options, manager: Manager, metrics_path: str | None) 
         task.cancel()
     if web is not None:
         web.server.should_exit = True
-    await server.stop(options.grace_s)
+    if options.threaded:
+        await asyncio.to_thread(server.stop(options.grace_s).wait)
+    else:
+        await server.stop(options.grace_s)
     await asyncio.gather(*tasks, return_exceptions=True)
     pool.shutdown()
 
