@@ -29,7 +29,7 @@ def predictions(outputs: dict[str, np.ndarray], rows: bool) -> bytes:
     count = _common_rows(outputs)
     columns = {}
     for name, array in sorted(outputs.items()):
-        tokens, size = _tokens(name, array), array[0].size
+        tokens, size = _tokens(name, array), array.size // count
         columns[name] = [_nested(tokens[row * size : (row + 1) * size], array.shape[1:]) for row in range(count)]
     if len(columns) == 1:
         lines = next(iter(columns.values()))

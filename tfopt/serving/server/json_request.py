@@ -120,7 +120,7 @@ def _column(values: list[Any], name: str, kind: str, booleans: bool, key: str) -
         try:
             array = tensor(value, kind)
         except ServingError as error:
-            raise _element(index, key, error.message) from error
+            raise _element(index, key, error.message, error.code.name) from error
         if arrays and array.size != arrays[0].size:
             raise _element(index, key, f"Expecting tensor size: {arrays[0].size} but got: {array.size}")
         if arrays and array.shape != arrays[0].shape:
@@ -203,8 +203,8 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, dict) and not is_b64(value)
 
 
-def _element(index: int, key: str, message: str) -> ServingError:
-    return invalid(f"Failed to process element: {index}{key} of 'instances' list. Error: INVALID_ARGUMENT: {message}")
+def _element(index: int, key: str, message: str, code: str = "INVALID_ARGUMENT") -> ServingError:
+    return invalid(f"Failed to process element: {index}{key} of 'instances' list. Error: {code}: {message}")
 
 
 def _shape(array: np.ndarray) -> str:

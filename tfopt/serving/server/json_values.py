@@ -153,7 +153,7 @@ def type_of(value: Any) -> str:
 def type_name(number: int) -> str:
     """TensorFlow Serving's name of a DataType: float, double, int32, string, ..."""
     name = tf.as_dtype(number).name
-    return {"float32": "float", "float64": "double"}.get(name, name)
+    return {"float32": "float", "float64": "double", "float16": "half"}.get(name, name)
 
 
 def _numpy(kind: str) -> Any:
