@@ -102,6 +102,12 @@ flags.DEFINE_bool(
     "Put the first quantized file of --tflite beside saved_model.pb as model.tflite, for TensorFlow Serving's "
     "--prefer_tflite_model (docs/serving.md).",
 )
+flags.DEFINE_string(
+    "deployment",
+    "",
+    "What clients call the model: writes warmup requests, batching parameters, models.config, Docker Compose and "
+    "Kubernetes files and the server's command line beside the serving model (docs/deployment.md).",
+)
 flags.DEFINE_integer(
     "max_constant_bytes",
     None,
@@ -159,6 +165,7 @@ def main(argv: Sequence[str]) -> int:
             keep_batch=FLAGS.keep_batch,
             allow_select_tf_ops=FLAGS.allow_select_tf_ops,
             serving_tflite=FLAGS.serving_tflite,
+            deployment=FLAGS.deployment,
             max_constant_bytes=FLAGS.max_constant_bytes,
             measure_latency=FLAGS.measure_latency,
             threads=FLAGS.threads,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from tensorflow.core.protobuf.meta_graph_pb2 import SignatureDef
 
 from tfopt.errors import TfoptError, one_line
@@ -16,7 +18,7 @@ from tfopt.model import Model
 from tfopt.publish import Workspace
 from tfopt.report import Artifact
 from tfopt.run_data import representative_rows
-from tfopt.serving import client_stub
+from tfopt.serving import client_stub, deployment, deployment_text
 
 if TYPE_CHECKING:
     from tfopt.optimize import Options
@@ -27,7 +29,8 @@ _PREFERRED = ("int8", "mixed", "dynamic_int8")  # where none was asked for by na
 
 def targets(options: Options) -> list[str]:
     """What a run writes below its output directory."""
-    return [f"serving/{options.version}", "device", "report.json", "report.html"]
+    beside = deployment.FILES if options.deployment else ()
+    return [f"serving/{options.version}", *(f"serving/{f}" for f in beside), "device", "report.json", "report.html"]
 
 
 def files(options: Options) -> tuple[str, ...]:
@@ -84,6 +87,38 @@ def emit(
         artifact.rejected = result.error
         artifacts.append(artifact)
     return artifacts
+
+
+def warmup_data(original: Model, served: Model, workspace: Workspace, options: Options) -> str | None:
+    """The rows of --representative_data in the form that the serving model takes; None where they have none.
+
+    Args:
+      original: whose rows the source holds.
+      served: whose inputs clients may have to make first.
+      workspace: where a changed form is written.
+      options: of the run.
+    """
+    source = options.representative_data
+    if not options.deployment or not source or not served.requests:
+        return source
+    rows = representative_rows(original, served, source)
+    if not rows or any(step["step"] == "once" for steps in served.requests.values() for step in steps):
+        return None
+    arrays = {key: array for found in rows.values() for key, array in found.inputs.items()}
+    path = workspace.scratch / "warmup.npz"
+    np.savez(path, **{k: a.astype("S") if a.dtype == object else a for k, a in arrays.items()})
+    return str(path)
+
+
+def add_deployment(artifacts: list[Artifact], data: str | None, options: Options) -> None:
+    """Writes what TensorFlow Serving needs beside the serving model, where --deployment asks for it."""
+    (serving,) = (a for a in artifacts if a.name == "serving")
+    if not options.deployment or serving.rejected:
+        return
+    chosen = deployment_text.Options(data=data, cpus=options.threads, seed=options.seed)
+    written = deployment.files(Path(serving.path).parent, options.deployment, options.version, chosen)
+    notes = [note.strip().replace(str(data), str(options.representative_data)) for note in written.notes]
+    serving.notes += [*notes, f"served by: {written.command}"]
 
 
 def add_serving_tflite(

@@ -67,6 +67,7 @@ class Options:
     keep_batch: bool = False
     allow_select_tf_ops: bool = False
     serving_tflite: bool = False
+    deployment: str = ""
     max_constant_bytes: int | None = None
     measure_latency: bool = True
     threads: int = 2
@@ -170,6 +171,7 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         trained = any(step.name == "train_quantized" for step in report.steps)
         artifacts = emit.emit(served or optimized, optimized, trained, workspace, options, loaded)
         signatures = (served or optimized).signatures
+        warmup = emit.warmup_data(loaded, served or optimized, workspace, options)
         assessment = Assessment(
             original=source,
             signature=main_signature(loaded),
@@ -191,6 +193,7 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         report.artifacts = assess(assessment, artifacts)
         if options.serving_tflite:
             report.artifacts += emit.add_serving_tflite(report.artifacts, signatures, options)
+        emit.add_deployment(report.artifacts, warmup, options)
         emitted = [a for a in report.artifacts if a.name != "original" and not a.rejected]
         for artifact in report.artifacts:
             if artifact.rejected:

@@ -24,10 +24,11 @@ from tfopt.publish import Workspace
 from tfopt.serving import batching_parameters, deployment_text, model_config, session_config, warmup
 from tfopt.serving.batching_parameters import BatchingParameters
 from tfopt.serving.deployment_text import Options
-from tfopt.serving.lint_graph import unbatchable
+from tfopt.serving.lint_graph import must_compile, unbatchable
 
 BATCHING, CONFIG = batching_parameters.FILE, model_config.FILE
 COMPOSE, KUBERNETES, SERVE = "docker-compose.yaml", "kubernetes.yaml", "serve.sh"
+FILES = (BATCHING, CONFIG, COMPOSE, KUBERNETES, SERVE)  # beside the version directories
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,7 @@ def files(base_dir: str | Path, model_name: str, version: int, options: Options 
         "--rest_api_port=8501",
         *(["--enable_batching=true", "--batching_parameters_file={}/" + BATCHING] if parameters else []),
         *(["--enable_per_model_batching_parameters=true"] if parameters and options.per_model_batching else []),
+        *(["--xla_cpu_compilation_enabled=true"] if must_compile(meta) else []),
         f"--tensorflow_intra_op_parallelism={options.cpus}",
         f"--tensorflow_inter_op_parallelism={options.cpus}",
     ]
