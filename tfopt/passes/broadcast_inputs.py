@@ -114,4 +114,4 @@ def _counts_rows(model: Model, signature: str, name: str) -> bool:
     )
 
 
-PASS = Pass("broadcast_inputs", run, options={"inputs": ""}, keeps=INVARIANTS)
+PASS = Pass("broadcast_inputs", run, options={"inputs": ""}, keeps=INVARIANTS, requests=True)

@@ -126,4 +126,4 @@ def _free_name(model: Model, signatures: list[str], wanted: str) -> str:
     return name
 
 
-PASS = Pass("pack_inputs", run, options={"min_inputs": 2, "max_width": 1}, keeps=INVARIANTS)
+PASS = Pass("pack_inputs", run, options={"min_inputs": 2, "max_width": 1}, keeps=INVARIANTS, requests=True)
