@@ -95,23 +95,26 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if len(argv) != 1:
         raise TfoptError(f"{argv[1]!r}: takes flags only")
+    if not FLAGS.model_base_path and not FLAGS.model_config_file:
+        raise TfoptError("--model_base_path: give the folder that holds the version folders, or --model_config_file")
     if FLAGS.batching_parameters_file and not FLAGS.enable_batching:
         raise TfoptError("--batching_parameters_file is set without --enable_batching")
     if FLAGS.rest_api_port and FLAGS.rest_api_port == FLAGS.port:
         raise TfoptError(f"--rest_api_port={FLAGS.rest_api_port}: --port is the same; give another")
-    _silence_native_log()
     from tfopt.serving import batching_parameters
-    from tfopt.serving.server.run import Options, serve
-    from tfopt.serving.server.servable import LoadOptions
 
     batching = None
     if FLAGS.enable_batching:
         file = FLAGS.batching_parameters_file
         batching = batching_parameters.read(file) if file else batching_parameters.BatchingParameters()
+    _silence_native_log()
+    from tfopt.serving.server.run import Options, serve
+    from tfopt.serving.server.servable import LoadOptions
+
     serve(
         Options(
             model_name=FLAGS.model_name,
-            model_base_path=FLAGS.model_base_path,
+            model_base_path=FLAGS.model_base_path or "",
             model_config_file=FLAGS.model_config_file,
             config_poll_s=FLAGS.model_config_file_poll_wait_seconds,
             any_label=FLAGS.allow_version_labels_for_unavailable_models,

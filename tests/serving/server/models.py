@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
+from tensorflow_serving.apis import predict_pb2
 
 v1 = tf.compat.v1
 
@@ -82,3 +83,16 @@ def example(**features: float | str) -> tf.train.Example:
         else:
             found.features.feature[name].float_list.value.append(value)
     return found
+
+
+def predict_request(x=(1.0, 2.0, 5.0), /, name="half", version=None, label=None, signature="", **inputs):
+    """A PredictRequest; its input x is left out where that is None."""
+    made = predict_pb2.PredictRequest()
+    made.model_spec.name, made.model_spec.signature_name = name, signature
+    if version is not None:
+        made.model_spec.version.value = version
+    if label is not None:
+        made.model_spec.version_label = label
+    for key, value in {**({} if x is None else {"x": np.float32(x)}), **inputs}.items():
+        made.inputs[key].CopyFrom(tf.make_tensor_proto(value))
+    return made

@@ -35,7 +35,8 @@ class Options:
     """What the flags say; see pipelines/serve.py.
 
     Attributes:
-      model_name, model_base_path: the model, where there is no config file.
+      model_base_path: of the one model, where there is no config file.
+      model_name: of that model.
       model_config_file: a ModelServerConfig in text form.
       config_poll_s: how often to read that again; 0 for once.
       any_label: whether a label may name a version that is not available.
@@ -54,8 +55,8 @@ class Options:
       load: how versions are loaded.
     """
 
+    model_base_path: str = ""
     model_name: str = "default"
-    model_base_path: str | None = None
     model_config_file: str | None = None
     config_poll_s: float = 0
     any_label: bool = False
@@ -98,8 +99,6 @@ def serve(options: Options) -> None:
 def _models(options: Options) -> Any:
     if options.model_config_file:
         return config.read(options.model_config_file)
-    if not options.model_base_path:
-        raise TfoptError("--model_base_path: give the folder that holds the version folders, or --model_config_file")
     found = model_server_config_pb2.ModelServerConfig()
     found.model_config_list.config.add(
         name=options.model_name, base_path=options.model_base_path, model_platform="tensorflow"
