@@ -112,6 +112,20 @@ def test_without_rows_only_what_is_sure_becomes_shorter(tmp_path):
     }
 
 
+def test_ids_that_keras_counts_from_the_end(tmp_path):
+    def look_up(x):
+        return {"y": tf.gather(_table(250), tf.where(x < 0, x + 250, x))}
+
+    model = _save(tmp_path / "model", {"x": ("int64",)}, look_up)
+    assert _dtypes(_narrow(model)[0]) == {"x": "int32"}
+    rows = {"x": np.array([3, 249])}
+    narrowed, log = _narrow(model, rows)
+    assert _dtypes(narrowed) == {"x": "uint8"} and "count from the end" in log.notes[0]
+    rows = {"x": np.array([3, -250])}
+    narrowed, _ = _narrow(model, rows)
+    assert _dtypes(narrowed) == {"x": "int32"} and _difference(model, narrowed, rows).broken is None
+
+
 def test_rows_beyond_a_one_hot_vocabulary_are_held(tmp_path):
     model = _save(tmp_path / "model", {"x": ("int64",)}, lambda x: {"y": tf.one_hot(x, 10)})
     for most, dtype in ((300, "uint16"), (2**40, "int64")):

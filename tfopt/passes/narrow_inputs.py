@@ -126,6 +126,8 @@ def _ids(
     bound = vocabulary_bound(model, node, shapes)
     if bound is None and not numbers.size:
         raise Refused("no vocabulary behind it, and no rows, say how large it may get")
+    if bound is not None and bound.negative and not numbers.size:
+        least = -bound.size
     kinds: tuple[tf.DType, ...] = (tf.int32,)
     seen = f"{least:,} to {most:,}"
     if bound is not None and (bound.sure or numbers.size):
@@ -139,6 +141,8 @@ def _ids(
         why = f"no vocabulary is behind it, so this is proved for the rows given alone, {seen}"
     elif bound.sure:
         why = f"{bound.node} has {bound.size:,} rows"
+        if bound.negative and to.min == 0:
+            why += ", and the rows given have no negative number, which would count from the end"
     else:
         why = f"{bound.node} knows {bound.size:,}, and the rows given hold {seen if numbers.size else 'none'}"
     log.notes.append(f"{name}: {dtype.name} to {to.name}, exact: {why}")

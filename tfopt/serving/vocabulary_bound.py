@@ -10,6 +10,7 @@ import dataclasses
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from tfopt.graph import Graph, Shape, join, split
 from tfopt.model import Model
@@ -28,12 +29,14 @@ class Bound:
     Attributes:
       size: of the vocabulary.
       node: the op that looks them up.
-      sure: whether other ids make TensorFlow fail.
+      sure: whether ids beyond it make TensorFlow fail.
+      negative: whether ids in [-size, 0) count from the end, as in Keras.
     """
 
     size: int
     node: str
     sure: bool
+    negative: bool = False
 
 
 def vocabulary_bound(model: Model, source: str, shapes: dict[str, Shape]) -> Bound | None:
@@ -46,9 +49,10 @@ def vocabulary_bound(model: Model, source: str, shapes: dict[str, Shape]) -> Bou
     """
     graph = model.graph
     found: list[Bound] = []
-    seen, pending = set(), [source]
+    seen: set[str] = set()
+    pending = [(source, False)]
     while pending:
-        name = pending.pop()
+        name, negative = pending.pop()
         if name in seen:
             continue
         seen.add(name)
@@ -58,9 +62,11 @@ def vocabulary_bound(model: Model, source: str, shapes: dict[str, Shape]) -> Bou
                 continue
             to_integer = node.op == "Cast" and tf.as_dtype(node.attr["DstT"].type) in (tf.int32, tf.int64)
             if (node.op in _HAND_ON and (index == 0 or node.op in ("ConcatV2", "Pack"))) or to_integer:
-                pending.append(user)
-            elif index == 1 and (size := _looked_up(model, user, shapes)) is not None:
-                found.append(size)
+                pending.append((user, negative))
+            elif index == 2 and _counts_from_the_end(graph, node):
+                pending.append((user, True))
+            elif index == 1 and (bound := _looked_up(model, user, shapes)) is not None:
+                found.append(dataclasses.replace(bound, negative=negative))
             elif index == 0 and node.op == "OneHot":
                 depth = graph.constant(node.input[1])
                 if depth is not None:
@@ -85,6 +91,16 @@ def _looked_up(model: Model, name: str, shapes: dict[str, Shape]) -> Bound | Non
         if keys is not None and keys.size and keys.dtype.kind in "iu" and keys.min() >= 0:
             return Bound(int(keys.max()) + 1, name, sure=False)
     return None
+
+
+def _counts_from_the_end(graph: Graph, node: NodeDef) -> bool:
+    """Whether this is where(x < 0, x + size, x), which Keras writes before a lookup."""
+    if node.op not in ("Select", "SelectV2"):
+        return False
+    below, moved = graph.producer(node.input[0]), graph.producer(node.input[1])
+    zero = graph.constant(below.input[1]) if below.op == "Less" else None
+    same = {join(*split(ref)) for ref in (node.input[2], *below.input[:1], *moved.input[:1])}
+    return zero is not None and not zero.any() and moved.op in ("Add", "AddV2") and len(same) == 1
 
 
 def _variable(graph: Graph, ref: str) -> Shape:
