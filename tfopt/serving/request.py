@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -58,16 +59,18 @@ def _examples_aligned(records: np.ndarray, chosen: Callable[[str], bool]) -> np.
     from tensorflow.core.example.example_pb2 import Example
 
     changed = np.empty_like(records)
-    first: Example | None = None
+    shared: dict[str, Any] | None = None
     for index, record in np.ndenumerate(records):
         example = Example.FromString(record)
         features = example.features.feature
-        first = first or example
+        if shared is None:
+            shared = {
+                name: value for name, value in Example.FromString(record).features.feature.items() if chosen(name)
+            }
         for name in [name for name in features if chosen(name)]:
             del features[name]
-        for name, value in first.features.feature.items():
-            if chosen(name):
-                features[name].CopyFrom(value)
+        for name, value in shared.items():
+            features[name].CopyFrom(value)
         changed[index] = example.SerializeToString(deterministic=True)
     return changed
 
