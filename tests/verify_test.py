@@ -193,6 +193,21 @@ def test_a_pass_that_may_change_outputs_is_measured_and_kept(built, monkeypatch)
     assert kept is not loaded and step.status == "applied" and step.max_error == pytest.approx(1e-3, rel=0.01)
 
 
+def test_after_a_pass_that_changed_outputs_others_are_compared_with_it(built, monkeypatch):
+    get = passes.get
+    loaded = model.load(built("shared_weights"))
+    verifier = Verifier(loaded, None, 0)
+    monkeypatch.setattr(passes, "get", lambda name: passes.Pass(name, _break_outputs, lossless=False))
+    lossy, _ = run_pass(loaded, "prune_graph", {}, verifier)
+    assert verifier.check(lossy).broken
+    monkeypatch.setattr(passes, "get", get)
+    kept, step = run_pass(lossy, "merge_duplicates", {}, verifier)
+    assert step.status == "applied" and step.max_error == pytest.approx(1e-3, rel=0.01)
+    monkeypatch.setattr(passes, "get", lambda name: passes.Pass(name, _break_outputs))
+    again, step = run_pass(kept, "prune_graph", {}, verifier)
+    assert again is kept and step.status == "undone" and "is off by 0.001 of its scale" in step.notes[-1]
+
+
 def test_without_verification_a_step_says_so(built):
     loaded = model.load(built("shared_weights"))
     _, step = run_pass(loaded, "prune_graph", {}, None)

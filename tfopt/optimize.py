@@ -275,6 +275,8 @@ def run_pass(
         step.max_error = found.relative
         if chosen.is_lossless(options) or not np.isfinite(found.relative):  # lossy, and yet an answer
             problem = found.broken
+        if problem and np.isfinite(found.relative) and verifier.check(model).broken:  # by a lossy pass before this one
+            problem = verifier.between(model, rewritten).broken
     if problem is not None:
         step.status = "undone"
         step.notes.append(problem)
