@@ -95,7 +95,7 @@ def test_ids_become_as_short_as_their_vocabulary_allows(tmp_path):
     assert (
         "free: int64 to int32, exact: no vocabulary is behind it, so this is proved for the rows given alone" in notes
     )
-    assert "a request of 1 rows takes" in notes
+    assert "a request of 100 rows takes" in notes
 
 
 def test_without_rows_only_what_is_sure_becomes_shorter(tmp_path):
@@ -171,7 +171,7 @@ def test_pictures_are_sent_as_they_were(tmp_path, offset, scale):
     assert sent.dtype == np.uint8
     np.testing.assert_array_equal(sent, pixels)
     assert any("exact but for rounding" in note for note in log.notes)
-    assert "takes 1" in log.notes[-1] and "before 3" in log.notes[-1], log.notes[-1]
+    assert "takes 6,4" in log.notes[-1] and "before 25,6" in log.notes[-1], log.notes[-1]
 
 
 def test_what_bytes_cannot_hold_is_left(tmp_path):

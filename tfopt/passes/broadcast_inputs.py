@@ -55,8 +55,7 @@ def run(model: Model, log: Log, inputs: str = "") -> None:
         log.applied.update(own.applied)
         log.refused.update(own.refused)
         log.notes += own.notes
-        for name in names:
-            log.notes.append(describe_bytes(model, before, name))
+        log.notes.append(describe_bytes(model, before, next(name for name in names if chosen[name])))
 
 
 def _send_once(model: Model, log: Log, names: list[str], chosen: dict[str, list[str]]) -> None:

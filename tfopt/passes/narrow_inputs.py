@@ -83,7 +83,8 @@ def run(model: Model, log: Log, data: Data, integers: str = "auto", floats: str 
         for name, step in changed.items():
             model.signatures[signature].inputs[name].dtype = tf.as_dtype(step["dtype"]).as_datatype_enum
         model.requests.setdefault(signature, []).append({"step": "narrow", "inputs": changed})
-        log.notes.append(describe_bytes(model, before, signature, 1))
+    for names in groups(model):
+        log.notes += [describe_bytes(model, before, name) for name in names if name in steps][:1]
 
 
 def _rows(model: Model, data: Data) -> dict[str, dict[str, list[np.ndarray]]]:

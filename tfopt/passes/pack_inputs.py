@@ -40,14 +40,13 @@ def run(model: Model, log: Log, min_inputs: int = 2, max_width: int = 1) -> None
         if value < bound:
             raise TfoptError(f"pack_inputs: {option}={value}: must be at least {bound}")
     before = model.copy()
-    changed: set[str] = set()
+    changed: dict[str, None] = {}
     for names in groups(model):
         for key, uses in _alike(model, log, names, max_width).items():
             if len(uses) >= min_inputs:
                 _pack(model, log, tf.as_dtype(key[0]), key[1], uses)
-                changed.update(next(iter(uses.values())))
-    for name in [name for name in model.signatures if name in changed]:
-        log.notes.append(describe_bytes(model, before, name))
+                changed[next(iter(next(iter(uses.values()))))] = None
+    log.notes += [describe_bytes(model, before, name) for name in changed]
 
 
 def _alike(

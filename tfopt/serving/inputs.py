@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-import tensorflow as tf
-
 from tfopt.graph import split
 from tfopt.inline import tensor_names
 from tfopt.model import Model
@@ -58,15 +56,13 @@ def refusal(model: Model, signature: str, name: str) -> str | None:
     return None
 
 
-def describe_bytes(model: Model, before: Model | None, signature: str, rows: int = EXAMPLE_ROWS) -> str:
-    """A remark on the bytes of a request before and after a pass."""
-    after = predict_bytes(signature, example_arrays(model.signatures[signature], rows))
-    if before is None:
-        return f"{signature}: a request of {rows} rows takes {after:,} bytes"
-    then = predict_bytes(signature, example_arrays(before.signatures[signature], rows))
-    return f"{signature}: a request of {rows} rows takes {after:,} bytes, before {then:,}"
-
-
-def dtype_of(model: Model, signature: str, name: str) -> tf.DType:
-    """The type of an input."""
-    return tf.as_dtype(model.signatures[signature].inputs[name].dtype)
+def describe_bytes(model: Model, before: Model, signature: str) -> str:
+    """A remark on the bytes of a request before and after a pass; signatures that share inputs are alike."""
+    then, now = (
+        [predict_bytes(signature, example_arrays(m.signatures[signature], rows)) for rows in (1, EXAMPLE_ROWS)]
+        for m in (before, model)
+    )
+    return (
+        f"{signature}: a request of {EXAMPLE_ROWS} rows takes {now[1]:,} bytes, before {then[1]:,}; "
+        f"of one row {now[0]:,}, before {then[0]:,}"
+    )
