@@ -95,8 +95,10 @@ def representative_rows(original: Model, model: Model, source: str) -> dict[str,
         except TfoptError as error:
             logging.info("representative data do not fit signature %r: %s", name, error)
             continue
-        if name in model.requests:  # a device sends one row a call
-            encoded = [encode(model.requests[name], row) for row in rows[name].batches(1)]
-            inputs = {key: np.concatenate([row[key] for row in encoded]) for key in encoded[0]}
+        steps = model.requests.get(name, ())
+        if steps:
+            once = any(step["step"] == "once" for step in steps)  # then each row is a request of its own
+            parts = [encode(steps, part) for part in (rows[name].batches(1) if once else [rows[name].inputs])]
+            inputs = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             rows[name] = Dataset(inputs, None, source)
     return rows
