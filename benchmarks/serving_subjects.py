@@ -46,7 +46,7 @@ def original(name: str, signature: str) -> Side:
     """The model as it is, under a version directory."""
     base = HERE / name / "original"
     if not (base / "1").exists():
-        shutil.copytree(ranking() if name == "ranking" else all_models([name])[name], base / "1")
+        shutil.copytree(ranking() if name.startswith("ranking") else all_models([name])[name], base / "1")
     return Side(base, signature)
 
 
@@ -109,7 +109,11 @@ def pictures(name: str, count: int) -> list[dict[str, np.ndarray]]:
 
 
 def ranking() -> Path:
-    """A ranking model on tf.Examples: a tower for the user, one for an item, and layers on both."""
+    """A ranking model on tf.Examples.
+
+    The 50 items of the user's history go through two layers each, are pooled by attention, and join the user's own
+    features in a tower of three layers; an item has a layer; and three layers take both.
+    """
     import tensorflow as tf
 
     path = HERE / "ranking" / "model"
@@ -121,9 +125,11 @@ def ranking() -> Path:
             super().__init__()
             self.count = itertools.count(1)
             self.ids = tf.Variable(self.draw(IDS, 32) * 0.3, name="ids")
-            self.users = [self.dense(32 + 32 + 32, 256), self.dense(256, 128)]
-            self.items = [self.dense(16 + 32, 128), self.dense(128, 128)]
-            self.both = [self.dense(256, 256), self.dense(256, 128), self.dense(128, 1)]
+            self.history = [self.dense(32, 64), self.dense(64, 32)]
+            self.query = self.dense(32, 1)
+            self.users = [self.dense(32 + 32 + 32, 512), self.dense(512, 256), self.dense(256, 128)]
+            self.item = self.dense(16 + 32, 64)
+            self.both = [self.dense(128 + 64, 128), self.dense(128, 64), self.dense(64, 1)]
 
         def draw(self, *shape):
             return tf.random.stateless_normal(shape, seed=(SEED, next(self.count)))
@@ -137,13 +143,16 @@ def ranking() -> Path:
                 name: tf.io.FixedLenFeature([size], tf.as_dtype(dtype)) for name, (size, dtype) in (USER | ITEM).items()
             }
             x = tf.io.parse_example(examples, features)
-            history = tf.reduce_mean(tf.gather(self.ids, x["user_history"]), axis=1)
+            history = tf.gather(self.ids, x["user_history"])
+            for kernel, bias in self.history:
+                history = tf.nn.relu(tf.einsum("nhi,io->nho", history, kernel) + bias)
+            attention = tf.nn.softmax(tf.einsum("nhi,io->nho", history, self.query[0]), axis=1)
+            history = tf.reduce_sum(attention * history, axis=1)
             user = tf.concat([x["user_stats"], history, tf.gather(self.ids, x["user_id"][:, 0])], axis=1)
-            item = tf.concat([x["item_stats"], tf.gather(self.ids, x["item_id"][:, 0])], axis=1)
             for kernel, bias in self.users:
                 user = tf.nn.relu(tf.matmul(user, kernel) + bias)
-            for kernel, bias in self.items:
-                item = tf.nn.relu(tf.matmul(item, kernel) + bias)
+            item = tf.concat([x["item_stats"], tf.gather(self.ids, x["item_id"][:, 0])], axis=1)
+            item = tf.nn.relu(tf.matmul(item, self.item[0]) + self.item[1])
             y = tf.concat([user, item], axis=1)
             for index, (kernel, bias) in enumerate(self.both):
                 y = tf.matmul(y, kernel) + bias
