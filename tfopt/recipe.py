@@ -16,6 +16,7 @@ _LOSSLESS: list[str | dict[str, Any]] = [
     "fold_constants",
     "prune_graph",
     "fold_shapes",
+    "dense_lookups",
     "fold_affine",
     "fold_constants",
     "prune_graph",

@@ -209,7 +209,7 @@ def optimize_in_process(model: Model, optimizers: list[str], keep: Iterable[str]
 
 # Every technique is a module of this package that defines PASS.
 NAMES = (
-    *("prune_graph", "merge_duplicates", "fold_constants", "fold_shapes", "fold_affine"),
+    *("prune_graph", "merge_duplicates", "fold_constants", "fold_shapes", "dense_lookups", "fold_affine"),
     *("equalize", "correct_bias", "quantize", "mixed_precision", "train_quantized"),
     *("bfloat16", "int8_weights", "binarize", "distill", "prune_magnitude", "cluster"),
     *("compress_inputs", "compress_embeddings", "prune_channels", "prune_layers", "low_rank"),
