@@ -268,6 +268,23 @@ def test_old_loops_and_branches_get_rows_repeated(tmp_path):
     assert all("does not work row by row" in reason for reason in log.refused.values())
 
 
+def test_lookups_keep_their_rows(tmp_path):
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        user, c = (tf.compat.v1.placeholder(tf.string, [None], name) for name in ("user_word", "c_word"))
+        initial = tf.lookup.KeyValueTensorInitializer(tf.constant(["a", "ja"]), tf.constant([0, 1], tf.int64))
+        table = tf.lookup.StaticVocabularyTable(initial, 3)
+        found = tf.gather(TABLE.numpy(), table.lookup(user))
+        outputs = {"y": found * tf.gather(TABLE.numpy(), table.lookup(c)), "u": found}
+        session.run(tf.compat.v1.tables_initializer())
+        signatures = {"serving_default": ({"user_word": user, "c_word": c}, outputs)}
+        save_tf1(tmp_path / "model", session, signatures, main_op=tf.compat.v1.tables_initializer())
+    model = load(tmp_path / "model")
+    rewritten, log = model.copy(), Log()
+    broadcast_inputs.run(rewritten, log, "user_*")
+    _assert_equal(model, rewritten)
+    assert not log.refused and any("repeated at 1 place," in note for note in log.notes)
+
+
 def test_signatures_that_share_inputs_change_together(tmp_path):
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         user, c, other = (tf.compat.v1.placeholder(tf.float32, [None, 4], name) for name in ("user_x", "c", "other"))

@@ -94,7 +94,8 @@ def _send_once(model: Model, log: Log, names: list[str], chosen: dict[str, list[
     log.applied[_RULE] += len(once)
     log.notes.append(
         f"{len(work.worked_once)} of {len(model.graph.nodes)} nodes compute one row; rows are repeated at "
-        f"{len(work.repeated())} places" + "".join(f", {place}" for place in work.repeated()[:5])
+        f"{len(work.repeated())} place{'s' * (len(work.repeated()) != 1)}"
+        + "".join(f", {place}" for place in work.repeated()[:5])
     )
     for signature in names:
         for name in chosen[signature]:

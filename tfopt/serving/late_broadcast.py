@@ -18,15 +18,20 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from tfopt.graph import Graph, Shape, infer_tensors, join, split
 from tfopt.model import Model
-from tfopt.passes.fold_shapes import Entries, evaluate
+from tfopt.passes.fold_shapes import Entries
 from tfopt.rewrite import Log, Refused
 from tfopt.serving.late_broadcast_ops import BATCH, EXACT, ONCE, View, form
 from tfopt.serving.late_broadcast_rows import Rows
-from tfopt.serving.late_broadcast_shapes import ROWS, SHAPED, drop_label, fixed
+from tfopt.serving.late_broadcast_shapes import (
+    SHAPED,
+    drop_label,
+    fixed,
+    note_entries,
+    one_row,
+    with_lookups_of_known_shape,
+)
 
 _LONGEST = 16  # no shape has more dimensions that anybody computes with
-_INDEXING = ("GatherV2", "Slice", "StridedSlice")
-_HAND_ON = ("Identity", "Cast", "Squeeze", "ExpandDims", "Reshape")
 _RULE = "broadcast later"
 
 
@@ -64,11 +69,11 @@ class LateBroadcast:
         self._varying = _downstream(self.graph, list(self.kinds))
         self.worked_once: set[str] = set()
         self.symbols: dict[str, Entries] = {}
-        found = infer_tensors(self.graph, model.library())
-        self._dtypes = {ref: dtype for ref, (dtype, _) in found.items()}
-        self._shapes = {ref: shape for ref, (_, shape) in found.items()}
-        self.rows = Rows(self.graph, rows[0], self._dtypes[rows[0]])
-        trial = self.graph.copy()
+        trial = with_lookups_of_known_shape(self.graph)
+        found = infer_tensors(trial, model.library())
+        self.dtypes = {ref: dtype for ref, (dtype, _) in found.items()}
+        self.shapes = {ref: shape for ref, (_, shape) in found.items()}
+        self.rows = Rows(self.graph, rows[0], self.dtypes[rows[0]])
         for name in self.kinds:
             one_row(trial.nodes[name])
         try:
@@ -87,7 +92,7 @@ class LateBroadcast:
             if node.name in self.kinds or not self.graph.data_inputs(node):
                 continue
             self._visit(node)
-            self._note_entries(node)
+            note_entries(self, node)
         for label, ref in list(self.graph.outputs.items()):
             self.graph.outputs[label] = self.full(ref)
         self.graph.sweep()
@@ -106,11 +111,11 @@ class LateBroadcast:
     def shape(self, ref: str) -> Shape:
         """The static shape of a tensor as it is now."""
         ref = join(*split(ref))
-        return (self.of_one if self.kind(ref) == ONCE else self._shapes).get(ref)
+        return (self.of_one if self.kind(ref) == ONCE else self.shapes).get(ref)
 
     def dtype(self, ref: str) -> tf.DType:
         """The type of a tensor of the original."""
-        return self._dtypes[join(*split(ref))]
+        return self.dtypes[join(*split(ref))]
 
     def add(self, hint: str, op: str, inputs: Sequence[str], kind: str, shape: Shape, **attrs: object) -> str:
         """Adds a node with one result of a known kind and shape."""
@@ -121,7 +126,7 @@ class LateBroadcast:
     def set_result(self, ref: str, kind: str, shape: Shape) -> None:
         """Notes what a new node gives."""
         self.kinds[ref] = kind
-        self.of_one[ref] = self._shapes[ref] = shape
+        self.of_one[ref] = self.shapes[ref] = shape
         self._varying.add(ref)
         if kind == ONCE:
             self.worked_once.add(ref)
@@ -138,29 +143,6 @@ class LateBroadcast:
         if value is not None:
             return [int(v) for v in value.reshape(-1)] if value.size <= _LONGEST and value.dtype.kind in "iu" else None
         return self.symbols.get(join(*split(ref)))
-
-    def _note_entries(self, node: NodeDef) -> None:
-        shape = self._shapes.get(node.name)
-        if shape is None or len(shape) > 1 or None in shape or (shape and (shape[0] or 0) > _LONGEST):
-            return
-        refs = self.graph.data_inputs(node)
-        if node.name in self.symbols or self.graph.constant(node.name) is not None:
-            return
-        if self._dtypes[node.name] not in (tf.int32, tf.int64):
-            return
-        found: Entries | None
-        if node.op == "Shape":
-            dims = self._shapes.get(join(*split(refs[0])))
-            found = None if dims is None else [*([ROWS] if self.kind(refs[0]) == BATCH else dims[:1]), *dims[1:]]
-        elif node.op in _HAND_ON:
-            found = self.entries(refs[0])
-        else:
-            given = [self.entries(ref) for ref in refs]
-            if node.op in _INDEXING and any(None in [fixed(e) for e in entries or [None]] for entries in given[1:]):
-                return
-            found = evaluate(node, given)
-        if found is not None and len(found) == (shape[0] if shape else 1):
-            self.symbols[node.name] = found
 
     # -- repeating ---------------------------------------------------------------------------------------------------
 
@@ -184,7 +166,7 @@ class LateBroadcast:
             shape = self.of_one[ref]
             assert shape is not None
             name = f"{split(ref)[0]}/every_row"
-            dtype = self.dtype(ref) if ref in self._dtypes else None
+            dtype = self.dtype(ref) if ref in self.dtypes else None
             types = {} if dtype is None else {"T": dtype}
             if shape[0] == 1 and None not in shape:
                 rest = [self.graph.add_constant(f"{name}/shape", np.array(shape[1:], np.int32))] if shape[1:] else []
@@ -195,7 +177,7 @@ class LateBroadcast:
                 tiled = self.graph.add_op(name, "Tile", [ref, times], Tmultiples=tf.int32, **types)
             self.tiled[ref] = tiled
             self.kinds[tiled] = BATCH if shape[0] == 1 else EXACT
-            self._shapes[tiled] = self.of_one[tiled] = (None, *shape[1:])
+            self.shapes[tiled] = self.of_one[tiled] = (None, *shape[1:])
             self._varying.add(tiled)
         return self.tiled[ref]
 
@@ -260,14 +242,14 @@ class LateBroadcast:
         """Notes that the results of a node are of this kind."""
         first_alone = node.op.startswith("FusedBatchNorm")  # the others are moments
         ports = 0
-        while join(node.name, ports) in self._shapes and not (first_alone and ports):
+        while join(node.name, ports) in self.shapes and not (first_alone and ports):
             self.kinds[join(node.name, ports)] = kind
             ports += 1
         if kind == ONCE:
             self.worked_once.add(node.name)
             if any(self._depends_on_rows(ref) for ref in self.graph.data_inputs(node)):
                 for ref in (join(node.name, port) for port in range(ports)):
-                    rows, others = (self.of_one.get(ref) or (None,))[0], self._shapes.get(ref)
+                    rows, others = (self.of_one.get(ref) or (None,))[0], self.shapes.get(ref)
                     if others is None:
                         raise Refused(f"the rank of {node.name!r} ({node.op}) is not known")
                     self.of_one[ref] = (rows, *others[1:])
@@ -293,7 +275,7 @@ class LateBroadcast:
 
     def type_of(self, ref: str) -> tf.DType:
         """The type of a tensor, of the original or new."""
-        found = self._dtypes.get(join(*split(ref)))
+        found = self.dtypes.get(join(*split(ref)))
         return found if found is not None else tf.as_dtype(self.graph.producer(ref).attr["T"].type)
 
 
@@ -307,8 +289,3 @@ def _downstream(graph: Graph, names: Sequence[str]) -> set[str]:
             seen.add(name)
             stack.extend(graph.users(name))
     return seen
-
-
-def one_row(node: NodeDef) -> None:
-    """Gives a Placeholder one row."""
-    node.attr["shape"].shape.dim[0].size = 1

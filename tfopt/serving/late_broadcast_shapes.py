@@ -17,7 +17,8 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
-from tfopt.graph import make_node
+from tfopt.graph import Graph, join, make_node, split
+from tfopt.passes.fold_shapes import Entries, evaluate
 from tfopt.rules.constants import attr
 from tfopt.serving.late_broadcast_ops import BATCH, EXACT, ONCE, einsum_labels
 
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 
 # Stands for the number of rows in what is known of shapes: no dimension and no product of fixed ones is as large.
 ROWS = 1 << 40
+
+_LONGEST = 16  # no shape has more dimensions that anybody computes with
+_INDEXING = ("GatherV2", "Slice", "StridedSlice")
+_HAND_ON = ("Identity", "Cast", "Squeeze", "ExpandDims", "Reshape")
+_SCALAR_TABLES = ("HashTableV2", "MutableHashTableV2")
 
 
 def rows_of(entry: int | None) -> int | None:
@@ -36,6 +42,22 @@ def rows_of(entry: int | None) -> int | None:
 def fixed(entry: int | None) -> int | None:
     """An entry of a shape that does not depend on the rows; None where it may."""
     return entry if entry is not None and -1 <= entry < 1 << 30 else None
+
+
+def one_row(node: NodeDef) -> None:
+    """Gives a Placeholder one row."""
+    node.attr["shape"].shape.dim[0].size = 1
+
+
+def with_lookups_of_known_shape(graph: Graph) -> Graph:
+    """A copy for inferring shapes: TensorFlow does not know that a lookup in a table of scalars keeps the shape."""
+    trial = graph.copy()
+    for node in graph.nodes.values():
+        if node.op == "LookupTableFindV2" and graph.producer(node.input[0]).op in _SCALAR_TABLES:
+            kept = make_node(node.name, "Cast", [node.input[1], *(ref for ref in node.input if ref.startswith("^"))])
+            kept.attr["SrcT"].type, kept.attr["DstT"].type = node.attr["Tin"].type, node.attr["Tout"].type
+            trial.replace(kept)
+    return trial
 
 
 def _constant_input(run: LateBroadcast, node: NodeDef, index: int, values: Sequence[int]) -> None:
@@ -184,6 +206,31 @@ def drop_label(run: LateBroadcast, node: NodeDef, carried: Sequence[int]) -> Non
             run.graph.set_input(node.name, index, row)
             operands[index] = operands[index][1:]
     node.attr["equation"].s = f"{','.join(operands)}->{result}".encode()
+
+
+def note_entries(run: LateBroadcast, node: NodeDef) -> None:
+    """Notes what is known of the small integer tensor that a node gives."""
+    shape = run.shapes.get(node.name)
+    if shape is None or len(shape) > 1 or None in shape or (shape and (shape[0] or 0) > _LONGEST):
+        return
+    refs = run.graph.data_inputs(node)
+    if node.name in run.symbols or run.graph.constant(node.name) is not None:
+        return
+    if run.dtypes[node.name] not in (tf.int32, tf.int64):
+        return
+    found: Entries | None
+    if node.op == "Shape":
+        dims = run.shapes.get(join(*split(refs[0])))
+        found = None if dims is None else [*([ROWS] if run.kind(refs[0]) == BATCH else dims[:1]), *dims[1:]]
+    elif node.op in _HAND_ON:
+        found = run.entries(refs[0])
+    else:
+        given = [run.entries(ref) for ref in refs]
+        if node.op in _INDEXING and any(None in [fixed(e) for e in entries or [None]] for entries in given[1:]):
+            return
+        found = evaluate(node, given)
+    if found is not None and len(found) == (shape[0] if shape else 1):
+        run.symbols[node.name] = found
 
 
 # By op; the input that may have one row comes first.
