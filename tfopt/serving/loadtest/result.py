@@ -158,10 +158,10 @@ class Result:
         """Whether the server answered as fast as it was asked.
 
         True where the achieved rate is at least 99% of the offered one, or where what is missing is no more than
-        chance: the number outstanding is about Poisson, so that it differs by sqrt(2 x mean) between two moments.
+        chance: the number outstanding is about Poisson, so that it differs by some sqrt(mean) between two moments.
         """
         missing = (self.offered - self.achieved) * self.window_s
-        chance = 1 + 2 * math.sqrt(2 * self.outstanding)
+        chance = 1 + 2 * math.sqrt(self.outstanding)
         return bool(self.answered) and not self.failed and missing <= max(0.01 * self.offered * self.window_s, chance)
 
     @property
