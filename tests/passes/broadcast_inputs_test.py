@@ -12,7 +12,7 @@ from tests.origins import control_flow_v1, save_tf1
 from tfopt.errors import TfoptError
 from tfopt.function import Function
 from tfopt.model import Model, load
-from tfopt.passes import broadcast_inputs
+from tfopt.passes import broadcast_inputs, compact_signature, fold_constants
 from tfopt.rewrite import Log
 from tfopt.serving.encode import encode
 from tfopt.verify import difference
@@ -283,6 +283,53 @@ def test_lookups_keep_their_rows(tmp_path):
     broadcast_inputs.run(rewritten, log, "user_*")
     _assert_equal(model, rewritten)
     assert not log.refused and any("repeated at 1 place," in note for note in log.notes)
+
+
+@pytest.mark.parametrize("sparse", ["mask", "row_splits"])
+def test_features_of_examples(tmp_path, sparse):
+    """A history of varying length is selected by its mask, and computed once; by row splits it is sent as before."""
+    module, lengths = tf.Module(), [3, 0, 4]
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="examples")])
+    def serve(examples):
+        spec = {"user_x": tf.io.FixedLenFeature([4], tf.float32), "c": tf.io.FixedLenFeature([4], tf.float32)}
+        parsed = tf.io.parse_example(examples, {**spec, "user_history": tf.io.VarLenFeature(tf.int64)})
+        dense = tf.sparse.to_dense(parsed["user_history"], default_value=1)
+        history = tf.reduce_sum(tf.gather(TABLE, dense), 1)
+        return {"y": tf.concat([parsed["user_x"], history, parsed["c"]], 1) @ W[:12], "width": tf.shape(dense)}
+
+    module.serve = serve
+    tf.saved_model.save(module, str(tmp_path / "model"), {"serving_default": module.serve})
+    model = load(tmp_path / "model")
+    rewritten, log = model.copy(), Log()
+    fold_constants.run(rewritten, Log())
+    compact_signature.run(rewritten, Log(), sparse=sparse)
+    broadcast_inputs.run(rewritten, log, "user_*")
+    rewritten.check()
+    wanted = ["user_x"] if sparse == "row_splits" else ["user_history", "user_history_mask", "user_x"]
+    assert rewritten.requests["serving_default"][-1] == {"step": "once", "inputs": wanted}
+    assert log.applied["product split into one row and the others"] == 1
+    if sparse == "mask":
+        assert not {"Where", "SparseToDense"} & {node.op for node in rewritten.graph.nodes.values()}
+    else:
+        assert log.refused["input sent once", "user_history"] == "its rows have different lengths"
+    for length in lengths:
+        user = {"user_x": _floats(ROWS["user_x"][0]), "user_history": _integers(range(5, 5 + length))}
+        records = [tf.train.Features(feature={**user, "c": _floats(row)}) for row in ROWS["c"]]
+        examples = np.array([tf.train.Example(features=record).SerializeToString() for record in records], object)
+        with Function(model) as before, Function(rewritten) as after:
+            found = difference(
+                before("serving_default", {"examples": examples}), after("serving_default", {"examples": examples})
+            )
+        assert found.broken is None and found.relative < 1e-5, f"{length}: {found}"
+
+
+def _floats(values) -> tf.train.Feature:
+    return tf.train.Feature(float_list=tf.train.FloatList(value=values))
+
+
+def _integers(values) -> tf.train.Feature:
+    return tf.train.Feature(int64_list=tf.train.Int64List(value=values))
 
 
 def test_signatures_that_share_inputs_change_together(tmp_path):

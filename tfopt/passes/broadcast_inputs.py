@@ -16,6 +16,7 @@ from tfopt.passes import INVARIANTS, Pass
 from tfopt.rewrite import Log, Refused
 from tfopt.serving.inputs import describe_bytes, groups, matches, placeholders, refusal
 from tfopt.serving.late_broadcast import LateBroadcast
+from tfopt.serving.masked_dense import select_instead
 
 _RULE = "input sent once"
 
@@ -42,6 +43,11 @@ def run(model: Model, log: Log, inputs: str = "") -> None:
             raise TfoptError(f"broadcast_inputs: inputs={glob!r} fits no input; the inputs are {', '.join(names)}")
     for names in groups(model):
         chosen = {n: [i for i in model.signatures[n].inputs if matches(i, globs)] for n in names}
+        for signature, found in chosen.items():
+            for name in list(found):
+                if reason := _stays(model, signature, name):
+                    log.refused[_RULE, name] = reason
+                    found.remove(name)
         if not any(chosen.values()):
             continue
         trial = model.copy()
@@ -66,13 +72,8 @@ def _send_once(model: Model, log: Log, names: list[str], chosen: dict[str, list[
     for signature in names:
         nodes = placeholders(model, signature)
         for name in chosen[signature]:
-            if reason := refusal(model, signature, name):
-                raise Refused(f"{name!r} of signature {signature!r} cannot be sent once: {reason}")
-            info = model.signatures[signature].inputs[name]
-            if info.tensor_shape.dim[0].size != -1:
-                raise Refused(f"{name!r} of signature {signature!r} has {info.tensor_shape.dim[0].size} rows always")
             once[nodes[name]] = None
-        counting = {nodes[n] for n in nodes if n not in chosen[signature] and _counts_rows(model, signature, n)}
+        counting = {nodes[n] for n in nodes if n not in chosen[signature] and not _stays(model, signature, n)}
         if not chosen[signature]:
             others |= counting
         elif counting:
@@ -89,6 +90,8 @@ def _send_once(model: Model, log: Log, names: list[str], chosen: dict[str, list[
     apart = [name for name in names if not chosen[name]]
     results = [ref for label, ref in model.graph.outputs.items() if any(label.startswith(f"{name}:") for name in apart)]
     reached = model.graph.reachable(split(ref)[0] for ref in results)
+    if selected := select_instead(model.graph, set(once)):
+        log.applied["values with a mask stay dense"] += selected
     work = LateBroadcast(model, list(once), everywhere, reached, log)
     work.run()
     log.applied[_RULE] += len(once)
@@ -108,10 +111,12 @@ def _send_once(model: Model, log: Log, names: list[str], chosen: dict[str, list[
             )
 
 
-def _counts_rows(model: Model, signature: str, name: str) -> bool:
-    return (
-        not refusal(model, signature, name) and model.signatures[signature].inputs[name].tensor_shape.dim[0].size == -1
-    )
+def _stays(model: Model, signature: str, name: str) -> str | None:
+    """Why an input cannot be sent once, nor say how many rows there are; None where it can."""
+    if reason := refusal(model, signature, name):
+        return reason
+    rows = model.signatures[signature].inputs[name].tensor_shape.dim[0].size
+    return None if rows == -1 else f"it has {rows} rows always"
 
 
 PASS = Pass("broadcast_inputs", run, options={"inputs": ""}, keeps=INVARIANTS, requests=True)

@@ -18,7 +18,7 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from tfopt.graph import join, make_node, split
 from tfopt.rules.constants import attr
-from tfopt.serving.late_broadcast_ops import BATCH, BINARY, ELEMENTWISE, EXACT, ONCE
+from tfopt.serving.late_broadcast_ops import BATCH, BINARY, ELEMENTWISE, ONCE
 
 if TYPE_CHECKING:
     from tfopt.serving.late_broadcast import LateBroadcast
@@ -81,10 +81,10 @@ class Split:
             shape, kind = self.owner.shape(ref), self.owner.kind(ref)
             if ref in self._parts:
                 parts += self._parts[ref]
-            elif kind == EXACT or shape is None or len(shape) != 2 or shape[1] is None or shape[0] not in (None, 1):
+            elif shape is None or len(shape) != 2 or shape[1] is None or shape[0] != (1 if kind == ONCE else None):
                 return False
-            else:
-                parts.append(Part(ref, kind, shape[1]))
+            else:  # what stands beside N rows has N
+                parts.append(Part(ref, ONCE if kind == ONCE else BATCH, shape[1]))
         if {part.kind for part in parts} != {ONCE, BATCH}:
             return False
         self._parts[node.name] = parts

@@ -15,8 +15,11 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tfopt.graph import Graph, Shape, join, split
 from tfopt.model import Model
 
-# Ops whose result holds the numbers of one input, all of them and no others, but for its dtype and shape.
-_HAND_ON = frozenset(("BroadcastTo", "ConcatV2", "ExpandDims", "Identity", "Pack", "Reshape", "Snapshot", "Squeeze"))
+# Ops whose result holds the numbers of one input, and no others, but for its dtype and shape: op -> that input.
+_HAND_ON = {
+    **dict.fromkeys(("BroadcastTo", "ExpandDims", "Identity", "Reshape", "Snapshot", "Squeeze"), (0,)),
+    **{"GatherNd": (0,), "SparseToDense": (2,)},  # values with a mask, whose filler is 0
+}
 _GATHERS = ("Gather", "GatherV2", "ResourceGather")
 _SEGMENTS = ("SparseSegmentMean", "SparseSegmentSqrtN", "SparseSegmentSum")
 _FILLS = ("InitializeTableV2", "LookupTableImportV2")
@@ -50,9 +53,9 @@ def vocabulary_bound(model: Model, source: str, shapes: dict[str, Shape]) -> Bou
     graph = model.graph
     found: list[Bound] = []
     seen: set[str] = set()
-    pending = [(source, False)]
+    pending = [(source, False, True)]
     while pending:
-        name, negative = pending.pop()
+        name, negative, sure = pending.pop()
         if name in seen:
             continue
         seen.add(name)
@@ -61,19 +64,22 @@ def vocabulary_bound(model: Model, source: str, shapes: dict[str, Shape]) -> Bou
             if port != 0:
                 continue
             to_integer = node.op == "Cast" and tf.as_dtype(node.attr["DstT"].type) in (tf.int32, tf.int64)
-            if (node.op in _HAND_ON and (index == 0 or node.op in ("ConcatV2", "Pack"))) or to_integer:
-                pending.append((user, negative))
+            if to_integer or index in _HAND_ON.get(node.op, ()) or node.op in ("ConcatV2", "Pack"):
+                pending.append((user, negative, sure))
             elif index == 2 and _counts_from_the_end(graph, node):
-                pending.append((user, True))
+                pending.append((user, True, sure))
+            elif (index and node.op in ("Select", "SelectV2")) or (index == 0 and node.op == "StridedSlice"):
+                # What is not selected is not looked up.
+                pending.append((user, negative, False))
             elif index == 1 and (bound := _looked_up(model, user, shapes)) is not None:
-                found.append(dataclasses.replace(bound, negative=negative))
+                found.append(dataclasses.replace(bound, negative=negative, sure=bound.sure and sure))
             elif index == 0 and node.op == "OneHot":
                 depth = graph.constant(node.input[1])
                 if depth is not None:
                     found.append(Bound(int(depth), user, sure=False))
-    sure = [bound for bound in found if bound.sure]
-    if sure:
-        return min(sure, key=lambda bound: bound.size)
+    certain = [bound for bound in found if bound.sure]
+    if certain:
+        return min(certain, key=lambda bound: bound.size)
     return max(found, key=lambda bound: bound.size, default=None)
 
 
