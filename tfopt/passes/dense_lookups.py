@@ -41,13 +41,14 @@ def run(model: Model, log: Log) -> None:
     columns = Columns(graph, infer_tensors(graph, model.library()), lambda table: table_bounds(graph, table))
     writer = RowWriter(graph, columns)
     done: set[str] = set()
-    for ends in (True, False):  # what is used as it is, and then what only shapes of it are taken of
+    # Lookups that are used as they are, then those of which only shapes are taken, then ids that nothing looks up.
+    for kind, ends in ((Lookup, True), (Lookup, False), (Rows, True)):
         for ref, value in columns.values.items():
-            if isinstance(value, Lookup | Rows) and ref not in done and _wanted(graph, columns, ref, ends):
+            if isinstance(value, kind) and ref not in done and _wanted(graph, columns, ref, ends):
                 new = writer.lookup(value) if isinstance(value, Lookup) else writer.rows(value)
                 if new is not None and new != ref:
                     graph.redirect(ref, new)
-                    log.applied[_RULE if isinstance(value, Lookup) else "dense ids"] += 1
+                    log.applied[_RULE if kind is Lookup else "dense ids"] += 1
                     done.add(ref)
     graph.sweep()
     for node in graph.topological():
@@ -59,16 +60,16 @@ def _wanted(graph: Graph, columns: Columns, ref: str, ends: bool) -> bool:
     """Whether a tensor is to be computed anew: an op takes it that knows nothing of sparse columns."""
     name, port = split(ref)
     value = columns.values[ref]
-    if isinstance(value, Rows):
-        if not ends or not value.derived or value.mask is not columns.pool.true:
-            return False
-        if any(used != port for _, _, used in graph.uses(name)):
-            return False  # the node would stay
-    users = [user for user, _, used in graph.uses(name) if used == port]
-    is_output = any(split(out) == (name, port) for out in graph.outputs.values())
-    if ends and not is_output and all(user in columns.known for user in users):
+    if isinstance(value, Rows) and not (value.derived and value.mask is columns.pool.true):
         return False
-    return name in graph.reachable(graph.roots())
+    live = graph.reachable(graph.roots())
+    uses = [(user, used) for user, _, used in graph.uses(name) if user in live]
+    if isinstance(value, Rows) and any(used != port for _, used in uses):
+        return False  # the node would stay
+    is_output = any(split(out) == (name, port) for out in graph.outputs.values())
+    if ends and not is_output and all(user in columns.known for user, used in uses if used == port):
+        return False
+    return name in live
 
 
 def _reason(columns: Columns, node: NodeDef) -> str:

@@ -1,9 +1,6 @@
 """What one row of a column gives, as an expression: hash-consed, with bounds, simplified by what is known to hold.
 
-    bounds([c ? a : b]) = hull(bounds(a | c), bounds(b | not c))
-
-An expression of comparisons, selections and one integer variable v alone is constant, or v itself, below the least and
-above the greatest constant in it. Hence a table of its values between them, with v clipped, says all about it.
+bounds([c ? a : b]) = hull(bounds(a | c), bounds(b | not c))
 """
 
 from __future__ import annotations
@@ -23,14 +20,9 @@ UNBOUNDED = (-INFINITY, INFINITY)
 # A larger expression becomes a variable of its own.
 MAX_SIZE = 200
 
-_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     **{"Less": operator.lt, "LessEqual": operator.le, "Greater": operator.gt, "GreaterEqual": operator.ge},
     **{"Equal": operator.eq, "NotEqual": operator.ne},
-}
-_CHOOSE: dict[str, Callable] = {
-    **_COMPARE,
-    **{"LogicalAnd": lambda a, b: a and b, "LogicalOr": lambda a, b: a or b, "LogicalNot": lambda a: not a},
-    **{"SelectV2": lambda c, a, b: a if c else b, "Maximum": max, "Minimum": min},
 }
 # A comparison that holds, or does not, as (strict, swapped): a < b, a <= b, b < a or b <= a.
 _ORDER = {
@@ -182,7 +174,7 @@ def _computed(e: Expr, facts: Facts) -> Bounds:
     if e.op == "leaf" or not all(arg.dtype == tf.bool or arg.dtype.is_integer for arg in e.args):
         return UNBOUNDED
     given = [bounds(arg, facts) for arg in e.args]
-    if e.op in _COMPARE:
+    if e.op in COMPARE:
         return _compared(e.op, *given)
     if e.op == "LogicalNot":
         return 1 - given[0][1], 1 - given[0][0]
@@ -204,7 +196,7 @@ def _compared(op: str, a: Bounds, b: Bounds) -> Bounds:
         if a[0] == a[1] == b[0] == b[1]:
             return (int(op == "Equal"),) * 2
         return (int(op == "NotEqual"),) * 2 if a[1] < b[0] or a[0] > b[1] else (0, 1)
-    holds = _COMPARE[op]
+    holds = COMPARE[op]
     # The least and the greatest of a against those of b, from the side that favours it least.
     ascending = op.startswith("Less")
     if holds(a[1] if ascending else a[0], b[0] if ascending else b[1]):
@@ -220,7 +212,7 @@ def assume(e: Expr, truth: bool, facts: Facts | None = None) -> Facts:
         return assume(e.args[0], not truth, known)
     if (e.op, truth) in (("LogicalAnd", True), ("LogicalOr", False)):
         return assume(e.args[1], truth, assume(e.args[0], truth, known))
-    if e.op not in _COMPARE or not all(arg.dtype.is_integer for arg in e.args):
+    if e.op not in COMPARE or not all(arg.dtype.is_integer for arg in e.args):
         return known
     (a, b), (of_a, of_b) = e.args, (bounds(arg, known) for arg in e.args)
     if (e.op, truth) in _ORDER:
@@ -243,57 +235,3 @@ def parts(e: Expr) -> Iterator[Expr]:
     for arg in e.args:
         yield from parts(arg)
     yield e
-
-
-def constants(e: Expr, variable: Expr) -> set[int] | None:
-    """The integers that an expression compares one variable with; None where it does anything else."""
-    if e is variable:
-        return set()
-    if e.op == "const" and (e.dtype == tf.bool or e.dtype.is_integer):
-        return set() if e.dtype == tf.bool else {e.value}
-    if e.op not in _CHOOSE:
-        return None
-    found: set[int] = set()
-    for arg in e.args:
-        inside = constants(arg, variable)
-        if inside is None:
-            return None
-        found |= inside
-    return found
-
-
-def evaluate(e: Expr, variable: Expr, at: int) -> int | bool:
-    """The value of an expression, of which `constants` are known, where its variable is `at`."""
-    if e is variable:
-        return at
-    return e.value if e.op == "const" else _CHOOSE[e.op](*(evaluate(arg, variable, at) for arg in e.args))
-
-
-def tabulate(row: Callable[[int], int | None], cuts: set[int], own: Bounds, limit: int) -> tuple[int, list[int]] | None:
-    """A table of an expression of one variable.
-
-    Args:
-      row: its value at a value of the variable; None where it has none.
-      cuts: see `constants`.
-      own: bounds of the variable.
-      limit: how many entries the table may have.
-
-    Returns:
-      (first, entries): where the variable is v, the value is entries[clip(v - first, 0, len(entries) - 1)]; or None.
-    """
-    first = max(own[0], min(cuts, default=own[0]) - 1)
-    last = min(own[1], max(cuts, default=own[1]) + 1)
-    if not 0 <= last - first < limit:
-        return None
-    start, stop = int(first), int(last)
-    entries = [row(at) for at in range(start, stop + 1)]
-    if (own[0] < start and row(start - 1) != entries[0]) or (own[1] > stop and row(stop + 1) != entries[-1]):
-        return None  # it goes on as the variable itself
-    known = [entry for entry in entries if entry is not None]
-    if len(known) < len(entries):
-        return None
-    while own[0] < start and len(known) > 1 and known[0] == known[1]:
-        start, known = start + 1, known[1:]
-    while own[1] > start + len(known) - 1 and len(known) > 1 and known[-1] == known[-2]:
-        known.pop()
-    return start, known

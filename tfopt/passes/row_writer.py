@@ -7,7 +7,8 @@ import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from tfopt.graph import Graph, split
-from tfopt.passes.row_values import Expr, assume, bounds, constants, evaluate, parts, tabulate
+from tfopt.passes.row_tables import constants, evaluate, tabulate
+from tfopt.passes.row_values import Expr, assume, bounds, parts
 from tfopt.passes.sparse_columns import Columns
 from tfopt.passes.sparse_values import Lookup, Rows
 

@@ -169,8 +169,11 @@ def _transpose(columns: Columns, node: NodeDef, refs: list[str]) -> Any:
 
 
 def _strided_slice(columns: Columns, node: NodeDef, refs: list[str]) -> Any:
-    """indices[:, 0]"""
+    """indices[:, 0], or x[:, newaxis]"""
     given, masks = columns.value(refs[0]), {key: node.attr[f"{key}_mask"].i for key in _MASKS}
+    if isinstance(given, Rows) and not given.tall and masks["new_axis"] == 2 and columns.has(refs[3], 1, 1):
+        whole = masks["begin"] & masks["end"] & 1 and not masks["ellipsis"] and not masks["shrink_axis"]
+        return dataclasses.replace(given, tall=True) if whole else None
     if not isinstance(given, Numbers) or given.form != "pairs" or (columns.entries(refs[1]) or [1])[-1] != 0:
         return None
     if masks["shrink_axis"] != 2 or masks["new_axis"] or masks["ellipsis"] or not masks["begin"] & masks["end"] & 1:
