@@ -82,10 +82,13 @@ def _look_up(small, middle, large, hot, keyed, free, short):
     }
 
 
-def test_ids_become_as_short_as_their_vocabulary_allows(tmp_path):
+@pytest.mark.parametrize("rest", [True, False])
+def test_ids_become_as_short_as_their_vocabulary_allows(tmp_path, rest):
     model = _save(tmp_path / "model", IDS, _look_up)
-    narrowed, log = _narrow(model, IDS_ROWS)
-    wanted = {"small": "uint8", "middle": "uint16", "large": "int32", "hot": "uint8", "keyed": "uint16"}
+    narrowed, log = _narrow(model, IDS_ROWS, rest=rest)
+    two = "int16" if rest else "uint16"
+    wanted = {"small": "uint8", "middle": two, "large": "int32", "hot": "uint8", "keyed": two}
+    assert rest == (not log.warnings)
     assert _dtypes(narrowed) == {**wanted, "free": "int32", "short": "int32"}
     assert _difference(model, narrowed, IDS_ROWS).absolute == 0
     assert _difference(model, narrowed, IDS_ROWS).broken is None
@@ -101,7 +104,7 @@ def test_ids_become_as_short_as_their_vocabulary_allows(tmp_path):
 def test_without_rows_only_what_is_sure_becomes_shorter(tmp_path):
     model = _save(tmp_path / "model", IDS, _look_up)
     narrowed, log = _narrow(model)
-    wanted = {"small": "uint8", "middle": "uint16", "large": "int32", "hot": "int32", "keyed": "int32"}
+    wanted = {"small": "uint8", "middle": "int16", "large": "int32", "hot": "int32", "keyed": "int32"}
     assert _dtypes(narrowed) == {**wanted, "free": "int64", "short": "int32"}
     assert "no vocabulary behind it" in log.refused["input narrowed", "free"]
     assert _dtypes(_narrow(model, IDS_ROWS, integers="keep")[0]) == _dtypes(model)
@@ -117,24 +120,24 @@ def test_ids_that_keras_counts_from_the_end(tmp_path):
         return {"y": tf.gather(_table(250), tf.where(x < 0, x + 250, x))}
 
     model = _save(tmp_path / "model", {"x": ("int64",)}, look_up)
-    assert _dtypes(_narrow(model)[0]) == {"x": "int32"}
+    assert _dtypes(_narrow(model)[0]) == {"x": "int16"}
     rows = {"x": np.array([3, 249])}
     narrowed, log = _narrow(model, rows)
     assert _dtypes(narrowed) == {"x": "uint8"} and "count from the end" in log.notes[0]
     rows = {"x": np.array([3, -250])}
     narrowed, _ = _narrow(model, rows)
-    assert _dtypes(narrowed) == {"x": "int32"} and _difference(model, narrowed, rows).broken is None
+    assert _dtypes(narrowed) == {"x": "int16"} and _difference(model, narrowed, rows).broken is None
 
 
 def test_rows_beyond_a_one_hot_vocabulary_are_held(tmp_path):
     model = _save(tmp_path / "model", {"x": ("int64",)}, lambda x: {"y": tf.one_hot(x, 10)})
-    for most, dtype in ((300, "uint16"), (2**40, "int64")):
+    for most, dtype in ((300, "int16"), (2**40, "int64")):
         rows = {"x": np.array([3, most])}
         narrowed, log = _narrow(model, rows)
         assert _dtypes(narrowed) == {"x": dtype}
         assert _difference(model, narrowed, rows).broken is None
     assert "1,099,511,627,776" in log.refused["input narrowed", "x"]
-    assert _dtypes(_narrow(model, {"x": np.array([-1, 3])})[0]) == {"x": "int32"}
+    assert _dtypes(_narrow(model, {"x": np.array([-1, 3])})[0]) == {"x": "int16"}
 
 
 @pytest.mark.parametrize(("floats", "bound"), [("float16", 6e-4), ("bfloat16", 5e-3), ("uint8", 4e-3)])
@@ -155,6 +158,7 @@ def test_floats_are_cast_and_their_error_is_measured(tmp_path, floats, bound):
         found = function("serving_default", rows)
     errors = np.abs((found["y"] - 1) / 2 - rows["x"]).max(0) / scales
     assert (errors < bound).all() and (errors > 0).all(), errors
+    assert bool(log.warnings) == (floats != "uint8")
     assert any(note.startswith(f"x: float32 to {floats}") and "off by at most" in note for note in log.notes)
 
 
@@ -235,7 +239,7 @@ def test_the_three_passes_together(tmp_path):
     assert [step["step"] for step in narrowed.requests["serving_default"]] == ["once", "narrow", "pack"]
     sent = encode(narrowed.requests["serving_default"], rows)
     assert {name: (array.dtype.name, array.shape) for name, array in sent.items()} == {
-        "user_id": ("uint16", (1,)), "user_x": ("float16", (1, 2)), "c_id": ("uint8", (6,)),
+        "user_id": ("int16", (1,)), "user_x": ("float16", (1, 2)), "c_id": ("uint8", (6,)),
         "float16_features": ("float16", (6, 2)),
     }  # fmt: skip
     assert _difference(model, narrowed, rows).relative < 1e-3

@@ -1,6 +1,7 @@
 """narrow_inputs: has the numbers of a request sent in fewer bytes each.
 
-    ids: int64 to the least of uint8, uint16, int32;  floats: float32 to float16, bfloat16, or uint8 * scale + offset
+    ids: int64 to the least of uint8, int16 (or uint16), int32
+    floats: float32 to float16, bfloat16, or uint8 * scale + offset
 
 The graph casts them back right behind the input, so that nothing else changes. What the fewer bytes cannot hold the
 client refuses; nothing wraps around. Ids lose nothing; what floats lose on the rows given is measured.
@@ -27,10 +28,20 @@ from tfopt.serving.vocabulary_bound import vocabulary_bound
 _RULE = "input narrowed"
 _INTEGERS = ("auto", "keep")
 _FLOATS = ("float32", "float16", "bfloat16", "uint8")
-_IDS = (tf.uint8, tf.uint16, tf.int32)
+# The REST interface of TensorFlow Serving makes no tensors of uint16, float16 and bfloat16; gRPC takes all of them.
+_IDS = {True: (tf.uint8, tf.int16, tf.int32), False: (tf.uint8, tf.uint16, tf.int32)}
+_NOT_REST = ("uint16", "float16", "bfloat16")
 
 
-def run(model: Model, log: Log, data: Data, integers: str = "auto", floats: str = "float32", inputs: str = "*") -> None:
+def run(
+    model: Model,
+    log: Log,
+    data: Data,
+    integers: str = "auto",
+    floats: str = "float32",
+    inputs: str = "*",
+    rest: bool = True,
+) -> None:
     """Narrows inputs, in place.
 
     Args:
@@ -40,6 +51,7 @@ def run(model: Model, log: Log, data: Data, integers: str = "auto", floats: str 
       integers: "auto", or "keep" to leave them as they are.
       floats: "float32" leaves them as they are; "float16", "bfloat16", "uint8".
       inputs: globs of the names of inputs, separated by commas.
+      rest: whether integers become only what the REST interface of TensorFlow Serving takes: int16, not uint16.
 
     Raises:
       TfoptError: an option out of its range, a name that fits no input, or no rows for "uint8".
@@ -71,7 +83,7 @@ def run(model: Model, log: Log, data: Data, integers: str = "auto", floats: str 
             values = [array for signature, used in own.items() for array in seen.get(signature, {}).get(used, [])]
             narrow: Callable[..., dict[str, Any] | None] = _number(model, node, integers, floats)
             try:
-                step = narrow(model, log, node, name, values, shapes, floats)
+                step = narrow(model, log, node, name, values, shapes, floats, rest)
             except Refused as reason:
                 log.refused[_RULE, name] = str(reason)
                 continue
@@ -83,6 +95,11 @@ def run(model: Model, log: Log, data: Data, integers: str = "auto", floats: str 
         for name, step in changed.items():
             model.signatures[signature].inputs[name].dtype = tf.as_dtype(step["dtype"]).as_datatype_enum
         model.requests.setdefault(signature, []).append({"step": "narrow", "inputs": changed})
+    if names := sorted({n for changed in steps.values() for n, step in changed.items() if step["dtype"] in _NOT_REST}):
+        log.warnings.append(
+            f"narrow_inputs: {', '.join(names)}: the REST interface of TensorFlow Serving does not take "
+            f"{', '.join(_NOT_REST)}: send these requests over gRPC"
+        )
     for names in groups(model):
         log.notes += [describe_bytes(model, before, name) for name in names if name in steps][:1]
 
@@ -118,7 +135,7 @@ def _number(model: Model, node: str, integers: str, floats: str) -> Callable[...
 
 
 def _ids(
-    model: Model, log: Log, node: str, name: str, values: list[np.ndarray], shapes: dict, floats: str
+    model: Model, log: Log, node: str, name: str, values: list[np.ndarray], shapes: dict, floats: str, rest: bool
 ) -> dict[str, Any] | None:
     """Integers become as short as the vocabulary, and what was seen, allow."""
     dtype = tf.as_dtype(model.graph.nodes[node].attr["dtype"].type)
@@ -132,7 +149,7 @@ def _ids(
     kinds: tuple[tf.DType, ...] = (tf.int32,)
     seen = f"{least:,} to {most:,}"
     if bound is not None and (bound.sure or numbers.size):
-        kinds, most = _IDS, max(most, bound.size - 1)
+        kinds, most = _IDS[rest], max(most, bound.size - 1)
     to = next((kind for kind in kinds if kind.min <= least and most <= kind.max), None)
     if to is None or to.size >= dtype.size:
         if to is None:
@@ -152,7 +169,7 @@ def _ids(
 
 
 def _floats(
-    model: Model, log: Log, node: str, name: str, values: list[np.ndarray], shapes: dict, floats: str
+    model: Model, log: Log, node: str, name: str, values: list[np.ndarray], shapes: dict, floats: str, rest: bool
 ) -> dict[str, Any]:
     """Floats become shorter ones, or bytes with a scale and an offset."""
     dtype = tf.as_dtype(model.graph.nodes[node].attr["dtype"].type)
@@ -212,7 +229,7 @@ def _restore(
 PASS = Pass(
     "narrow_inputs",
     run,
-    options={"integers": "auto", "floats": "float32", "inputs": "*"},
+    options={"integers": "auto", "floats": "float32", "inputs": "*", "rest": True},
     learns=True,
     keeps=INVARIANTS,
     lossy_with="floats",
