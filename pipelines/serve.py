@@ -43,7 +43,7 @@ flags.DEFINE_integer(
     "grpc_max_threads", 0, "Requests worked on at once; 0: 4 for each core, more with batching.", lower_bound=0
 )
 flags.DEFINE_enum(
-    "grpc_server", "aio", ["aio", "threads"], "Which server of grpcio. (tensorflow_model_server has no such flag.)"
+    "grpc_server", "threads", ["threads", "aio"], "Which server of grpcio. (tensorflow_model_server has no such flag.)"
 )
 flags.DEFINE_integer("tensorflow_session_parallelism", 0, "Threads of both pools below.", lower_bound=0)
 flags.DEFINE_integer(

@@ -1,8 +1,13 @@
+import http.client
 import json
 import shutil
+import statistics
 import subprocess
+import time
 
 import pytest
+
+from tests.serving.server.models import predict_request
 
 
 def curl(server, path, body=None, *more):
@@ -78,3 +83,24 @@ def test_status_metadata_and_metrics_of_rest(server):
     code, content = curl(server, "/metrics")
     assert code == 200 and ':tensorflow:serving:request_count{model_name="half",status="OK"}' in content
     assert curl(server, "/monitoring/prometheus/metrics")[0] == 404
+
+
+def test_an_answer_does_not_wait_for_an_acknowledgement(server, stub):
+    """Without TCP_NODELAY each answer takes 40 ms more, 70 times what gRPC takes for the same."""
+    host, _, port = server.rest.rpartition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=30)
+
+    def by_rest():
+        connection.request("POST", "/v1/models/half:predict", '{"instances": [1.0]}')
+        assert connection.getresponse().read()
+
+    def by_grpc():
+        stub.Predict(predict_request([1.0]), 30)
+
+    times: dict = {by_rest: [], by_grpc: []}
+    for _ in range(30):
+        for ask, found in times.items():
+            begin = time.perf_counter()
+            ask()
+            found.append(time.perf_counter() - begin)
+    assert statistics.median(times[by_rest]) < 20 * statistics.median(times[by_grpc])

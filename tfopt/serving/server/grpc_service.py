@@ -48,6 +48,8 @@ def threaded(service: Service, pool: futures.ThreadPoolExecutor) -> grpc.Server:
 
     def method(call: str) -> Any:
         def answer(_: Any, request: Any, context: Any) -> Any:
+            if not context.is_active():
+                return None  # its client has gone, or its time is up, while it waited for a thread
             try:
                 return service.answer(call, request)
             except ServingError as error:

@@ -190,7 +190,9 @@ class Manager:
 
     def _reconcile(self) -> None:
         work = []
-        for name, model in list(self._models.items()):
+        # Where the folder itself cannot be seen (a mount that is gone), nothing is to be concluded from that.
+        models = {n: m for n, m in self._models.items() if Path(m.config.base_path).is_dir()}
+        for name, model in models.items():
             paths = aspired(model.config)
             for number, path in paths.items():
                 known, now = model.versions.get(number), stamp(path)
@@ -202,7 +204,7 @@ class Manager:
                     work.append((model, self._pool.submit(self._load_version, name, model, version)))
         for _, done in work:
             done.result()
-        for name, model in list(self._models.items()):
+        for name, model in models.items():
             keep = set(aspired(model.config)) & set(model.versions)
             if not keep or any(model.versions[number].state == AVAILABLE for number in keep):
                 self._unload(name, model, keep)
