@@ -26,6 +26,7 @@ from tfopt.serving.loadtest import requests as loadtest_requests
 from tfopt.serving.loadtest.plan import CLOSED, Plan, Request, Target
 from tfopt.serving.loadtest.run import run
 from tfopt.serving.loadtest.signature import specs_of
+from tfopt.serving.loadtest.text import milliseconds
 from tfopt.serving.tuning_choice import Choice, Workload, choose, judge
 from tfopt.serving.tuning_simulation import Overhead
 
@@ -217,7 +218,6 @@ def _decided(found: Tuning) -> Tuning:
         close = [name for name in scores if name not in (OFF, *PRESETS) and scores[name] * _CLOSE >= scores[best]]
         best = max(close, key=lambda name: scores[name], default=best)
     how = "in the check" if found.checked else "as far as the model of the batcher goes (no check)"
-    what = "rate within the SLO" if workload.rate is None else "p99"
     gain = max(curve.best(size) for size in curve.sizes) / curve.best(workload.rows)
     # A score is what is better when higher: the rate, or one over the p99.
     times = scores[best] / scores[OFF] if scores[OFF] else float("inf") if scores[best] else 0.0
@@ -226,12 +226,27 @@ def _decided(found: Tuning) -> Tuning:
         if gain < _GAIN:
             why = f"larger batches bring {gain:.2f} times the rows per second of single requests; {why}"
         return dataclasses.replace(found, reason=f"leave batching off: {why}")
-    parameters = found.settings[best]
-    ratio = f"{times:.2f} times" if times < 100 else "far more than"
-    reason = f"{best}: {ratio} the {what} of no batching {how}"
-    if workload.rate is not None:
-        reason = f"{best}: the p99 of no batching is {ratio} its own {how}"
-    return dataclasses.replace(found, parameters=parameters, reason=reason)
+    return dataclasses.replace(
+        found,
+        parameters=found.settings[best],
+        reason=f"{best}: {_figure(found, best)}, {_figure(found, OFF)} off, {how}",
+    )
+
+
+def _figure(found: Tuning, name: str) -> str:
+    """What a setting reached, in words."""
+    workload = found.workload
+    if found.checked:
+        rate, p99, failed = found.checked[name].rate, found.checked[name].p99, bool(found.checked[name].failed)
+    else:
+        choice = found.expected[name]
+        rate, p99, failed = choice.rate, choice.expected.p99, bool(choice.expected.failed)
+    if workload.rate is None:
+        return f"{rate:,.1f} requests/s within the SLO"
+    met = ""
+    if workload.slo_ms is not None:
+        met = " (SLO met)" if p99 <= workload.slo_ms and not failed else " (SLO missed)"
+    return "requests failed" if failed else f"p99 {milliseconds(p99)} ms{met}"
 
 
 def _score(found: Tuning, name: str) -> float:
