@@ -191,6 +191,6 @@ def test_a_student_replaces_what_earlier_passes_made(tmp_path):
     first = {"pass": "distill", "student": "there"}
     parse([*NAMED["lossless"]["passes"], first, "prune_magnitude"], "good")
     with pytest.raises(
-        TfoptError, match=r"distill with a student would replace what prune_magnitude \(pass 10\) made; put it e"
+        TfoptError, match=r"distill with a student would replace what prune_magnitude \(pass 11\) made; put it e"
     ):
         parse([*NAMED["lossless"]["passes"], "prune_magnitude", first], "bad")

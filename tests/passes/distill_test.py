@@ -56,6 +56,6 @@ def test_it_keeps_zeros_and_clusters_and_undoes_ranges():
     lossless = NAMED["lossless"]["passes"]
     parse([*lossless, "distill", "train_quantized"], "good")
     with pytest.raises(
-        TfoptError, match=r"distill would undo the ranges that quantize \(pass 10\) made; put distill b"
+        TfoptError, match=r"distill would undo the ranges that quantize \(pass 11\) made; put distill b"
     ):
         parse([*lossless, "quantize", "distill"], "bad")
