@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import sys
 
 import numpy as np
 import pytest
@@ -121,6 +122,13 @@ def test_a_few_single_columns_are_sliced(tmp_path):
     pack_inputs.run(packed, Log())
     assert _ops(packed)["Slice"] == 1 and not {"Split", "Unpack", "ConcatV2"} & _ops(packed).keys()
     _assert_equal(model, packed, _rows(FLOATS))
+
+
+def test_without_the_protos_of_serving_bytes_are_not_counted(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_serving.apis.predict_pb2", None)
+    model, log = _save(tmp_path / "model", {"a": ("float32",), "b": ("float32",)}, lambda a, b: {"y": a + b}), Log()
+    pack_inputs.run(model, log)
+    assert log.applied["input packed"] == 2 and "tensorflow-serving-api is not installed" in log.notes[-1]
 
 
 def test_a_free_name_is_taken(tmp_path):

@@ -58,10 +58,13 @@ def refusal(model: Model, signature: str, name: str) -> str | None:
 
 def describe_bytes(model: Model, before: Model, signature: str) -> str:
     """A remark on the bytes of a request before and after a pass; signatures that share inputs are alike."""
-    then, now = (
-        [predict_bytes(signature, example_arrays(m.signatures[signature], rows)) for rows in (1, EXAMPLE_ROWS)]
-        for m in (before, model)
-    )
+    try:
+        then, now = (
+            [predict_bytes(signature, example_arrays(m.signatures[signature], rows)) for rows in (1, EXAMPLE_ROWS)]
+            for m in (before, model)
+        )
+    except ImportError:
+        return f"{signature}: the bytes of a request were not counted: tensorflow-serving-api is not installed"
     return (
         f"{signature}: a request of {EXAMPLE_ROWS} rows takes {now[1]:,} bytes, before {then[1]:,}; "
         f"of one row {now[0]:,}, before {then[0]:,}"
