@@ -44,7 +44,7 @@ def test_saved_model_cli_reads_what_is_served(half):
     assert "[2.5 3.  4.5]" in done.stdout
 
 
-def swap(base, version, plus, built):
+def swap(base, version, built):
     """Puts a version into its place at once, as a deployment does, and takes the one before away."""
     shutil.copytree(built, base / f"tmp-{version}")
     (base / f"tmp-{version}").rename(base / str(version))
@@ -53,15 +53,14 @@ def swap(base, version, plus, built):
             shutil.rmtree(old)
 
 
-@pytest.mark.parametrize("engine", ["aio", "threads"])
-def test_nothing_breaks_while_versions_change_and_clients_misbehave(tmp_path, engine):
+def test_nothing_breaks_while_versions_change_and_clients_misbehave(tmp_path):
     """Half of y depends on the version: an answer must be that of the version that it names."""
     base = tmp_path / "half"
     built = [half_plus(tmp_path / "built", number, plus=float(number % 2)) for number in (2, 3)]
     shutil.copytree(built[1], base / "1")
     (tmp_path / "batching").write_text("max_batch_size { value: 8 } batch_timeout_micros { value: 500 }")
     flags = ["--model_name=half", f"--model_base_path={base}", "--file_system_poll_wait_seconds=0.1"]
-    flags += ["--enable_batching", f"--batching_parameters_file={tmp_path}/batching", f"--grpc_server={engine}"]
+    flags += ["--enable_batching", f"--batching_parameters_file={tmp_path}/batching"]
     stop = threading.Event()
     counts = {"good": 0, "bad": 0, "gone": 0}
     wrong = []
@@ -94,7 +93,7 @@ def test_nothing_breaks_while_versions_change_and_clients_misbehave(tmp_path, en
             asker.start()
         memory = []
         for version in range(2, 12):
-            swap(base, version, version % 2, built[version % 2])
+            swap(base, version, built[version % 2])
             wait_for_version(started, version)
             memory.append(started.resident_bytes() / 2**20)
         stop.set()
@@ -123,7 +122,7 @@ def test_reload_by_request_and_shutdown_that_lets_requests_end(half, tmp_path):
 
     module = Slow()
     tf.saved_model.save(module, str(tmp_path / "slow" / "1"), {"serving_default": module.serve})
-    with running(["--model_name=half", f"--model_base_path={half}"]) as started:
+    with running(["--model_name=half", f"--model_base_path={half}", "--grpc_server=aio"]) as started:
         with grpc.insecure_channel(started.grpc) as channel:
             asked = model_management_pb2.ReloadConfigRequest()
             listed = asked.config.model_config_list.config
@@ -184,30 +183,47 @@ def test_a_port_that_is_taken(half):
             pass
 
 
-def test_real_models_of_tensorflow_serving(shared):
+def test_real_models_of_tensorflow_serving_and_a_configuration_that_is_read_again(shared, tmp_path):
     """Its own test data, with the answers that its own tests expect."""
-    root = shared / "models" / "tf-serving-testdata"
-    with running([f"--model_base_path={root}/saved_model_half_plus_two_2_versions"]) as started:  # noqa: SIM117
-        with grpc.insecure_channel(started.grpc) as channel:
-            stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
-            answer = stub.Predict(predict_request([2.0], "default"), 10)
-            assert list(answer.outputs["y"].float_val) == [3.0] and answer.model_spec.version.value == 124
-            regress = regression_pb2.RegressionRequest()
-            regress.model_spec.name, regress.model_spec.signature_name = "default", "regress_x_to_y"
-            regress.input.example_list.examples.append(example(x=2.0))
-            assert [r.value for r in stub.Regress(regress, 10).result.regressions] == [3.0]
-            service = model_service_pb2_grpc.ModelServiceStub(channel)
-            asked = model_management_pb2.ReloadConfigRequest()
-            for name, folder in (("counter", "saved_model_counter"), ("tf2", "saved_model_half_plus_two_tf2_cpu")):
-                asked.config.model_config_list.config.add(
-                    name=name, base_path=str(root / folder), model_platform="tensorflow"
-                )
-            service.HandleReloadConfigRequest(asked, 60)
-            count = predict_request(None, "counter", signature="incr_counter")
-            found = [tf.make_ndarray(stub.Predict(count, 10).outputs["output"]).item() for _ in range(3)]
-            assert found == [1.0, 2.0, 3.0]
-            get = predict_request(None, "counter", signature="get_counter")
-            assert tf.make_ndarray(stub.Predict(get, 10).outputs["output"]).item() == 3.0
-            with concurrent.futures.ThreadPoolExecutor(8) as pool:
-                list(pool.map(lambda _: stub.Predict(count, 10), range(40)))
-            assert tf.make_ndarray(stub.Predict(get, 10).outputs["output"]).item() == 43.0
+    root, file = shared / "models" / "tf-serving-testdata", tmp_path / "models.config"
+
+    def configure(**folders):
+        configs = [
+            f'config {{ name: "{name}" base_path: "{root / folder}" model_platform: "tensorflow" }}'
+            for name, folder in folders.items()
+        ]
+        file.with_suffix(".new").write_text(f"model_config_list {{ {' '.join(configs)} }}")
+        file.with_suffix(".new").rename(file)
+
+    configure(half="saved_model_half_plus_two_2_versions")
+    flags = [f"--model_config_file={file}", "--model_config_file_poll_wait_seconds=0.2"]
+    with running(flags) as started, grpc.insecure_channel(started.grpc) as channel:
+        stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+        answer = stub.Predict(predict_request([2.0]), 10)
+        assert list(answer.outputs["y"].float_val) == [3.0] and answer.model_spec.version.value == 124
+        regress = regression_pb2.RegressionRequest()
+        regress.model_spec.name, regress.model_spec.signature_name = "half", "regress_x_to_y"
+        regress.input.example_list.examples.append(example(x=2.0))
+        assert [r.value for r in stub.Regress(regress, 10).result.regressions] == [3.0]
+        file.write_text("model_config_list { confi")
+        time.sleep(0.5)
+        assert stub.Predict(predict_request([2.0]), 10).outputs["y"].float_val == [3.0]
+        configure(half="saved_model_half_plus_two_2_versions", counter="saved_model_counter")
+        count = predict_request(None, "counter", signature="incr_counter")
+        end = time.monotonic() + 60
+        while (first := increment(stub, count)) is None and time.monotonic() < end:
+            time.sleep(0.1)
+        assert [first, increment(stub, count), increment(stub, count)] == [1.0, 2.0, 3.0]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: increment(stub, count), range(40)))
+        get = predict_request(None, "counter", signature="get_counter")
+        assert tf.make_ndarray(stub.Predict(get, 10).outputs["output"]).item() == 43.0
+
+
+def increment(stub, request):
+    """The counter's next value; None where its model is not there yet."""
+    try:
+        return tf.make_ndarray(stub.Predict(request, 10).outputs["output"]).item()
+    except grpc.RpcError as error:
+        assert error.code() == grpc.StatusCode.NOT_FOUND
+        return None

@@ -69,6 +69,7 @@ def broken(change):
         (lambda p: setattr(p, "tensor_content", b"123"), "tensor_content has 3 bytes"),
         (lambda p: setattr(p.tensor_shape.dim[0], "size", -1), "shape is not known"),
         (lambda p: setattr(p.tensor_shape.dim[0], "size", 7), "takes 84"),
+        (lambda p: setattr(p.tensor_shape.dim[0], "size", 1 << 60), "more elements than a message can hold"),
         (lambda p: setattr(p.tensor_shape, "unknown_rank", True), "shape is not known"),
         (lambda p: setattr(p, "dtype", 0), "cannot be received"),
         (lambda p: (p.ClearField("tensor_content"), p.float_val.extend([1.0] * 7)), "7 values"),

@@ -36,6 +36,7 @@ _DTYPES = {n: np.dtype(tf.as_dtype(n).as_numpy_dtype) for n in _FIELDS} | {
     types_pb2.DT_COMPLEX128: np.dtype(np.complex128),
 }
 _NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
+_MOST = 1 << 31  # elements, as one value may stand for many: a few bytes must not ask for all memory
 # Packed repeated fields whose wire form is the little-endian array: field number << 3 | 2.
 _AS_BYTES = {types_pb2.DT_FLOAT: b"\x2a", types_pb2.DT_DOUBLE: b"\x32", types_pb2.DT_BOOL: b"\x5a"}
 
@@ -59,6 +60,8 @@ def to_array(proto: Any, name: str) -> np.ndarray:
     count = 1
     for size in shape:
         count *= size
+    if count > _MOST:
+        raise invalid(f"tensor parsing error: {name}: shape {shape} has more elements than a message can hold")
     content = proto.tensor_content
     strings = proto.dtype == types_pb2.DT_STRING
     if content and not strings:
