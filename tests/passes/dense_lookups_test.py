@@ -178,6 +178,32 @@ def test_what_is_not_one_id_a_row_stays(compute, why, tmp_path):
     assert all(why in reason for reason in log.refused.values())
 
 
+def _dense_again(w, x):
+    sparse = tf.sparse.map_values(tf.add, _sparse(x), 2)
+    dense = tf.cast(tf.sparse.to_dense(sparse, default_value=-7), tf.float32)
+    return dense * w[0]
+
+
+def _retained(w, x):
+    sparse = _sparse(x)
+    dense = tf.sparse.to_dense(tf.sparse.retain(sparse, sparse.values % 2 > 0), default_value=-7)
+    return tf.cast(dense, tf.float32) * w[0]
+
+
+@pytest.mark.parametrize("rows", [None, 4])
+def test_what_becomes_dense_again_was_never_sparse(rows, tmp_path):
+    before, after, log = _module(tmp_path / "m", _dense_again, x=((rows, 1), tf.int64))
+    assert log.applied == {"dense ids": 1} and not SPARSE & {n.op for n in after.graph.nodes.values()}
+    x = {"x": np.array([[0], [-1], [5], [2**40]])}
+    with Function(before) as expected, Function(after) as received:
+        np.testing.assert_array_equal(expected("serve", x)["y"], received("serve", x)["y"])
+
+
+def test_an_op_that_may_fail_is_not_given_the_rows_left_out(tmp_path):
+    before, after, log = _module(tmp_path / "m", _retained, x=((None, 1), tf.int64))
+    assert not log.applied and after.graph.same_as(before.graph)
+
+
 def test_a_large_table_that_others_read_is_not_copied(tmp_path):
     def compute(w, x):
         big = tf.constant(np.random.default_rng(0).normal(size=(40000, 1)).astype(np.float32))
