@@ -1,6 +1,7 @@
 import http.client
 import json
 import shutil
+import socket
 import statistics
 import subprocess
 import time
@@ -83,6 +84,14 @@ def test_status_metadata_and_metrics_of_rest(server):
     code, content = curl(server, "/metrics")
     assert code == 200 and ':tensorflow:serving:request_count{model_name="half",status="OK"}' in content
     assert curl(server, "/monitoring/prometheus/metrics")[0] == 404
+
+
+def test_a_client_that_hangs_up_in_the_middle_of_its_request_is_no_error(server):
+    host, _, port = server.rest.rpartition(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"POST /v1/models/half:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+    assert curl(server, "/v1/models/half:predict", '{"instances": [0]}')[0] == 200
+    assert "Traceback" not in server.log.read_text()
 
 
 def test_an_answer_does_not_wait_for_an_acknowledgement(server, stub):

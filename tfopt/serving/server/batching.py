@@ -148,6 +148,7 @@ def _function(graph: Any, name: str, body: list[Any], inputs: list[Any], outputs
     with c_api_util.tf_buffer() as buffer:
         pywrap_tf_session.TF_FunctionToFunctionDef(made, buffer)
         function = function_pb2.FunctionDef.FromString(pywrap_tf_session.TF_GetBuffer(buffer))
+    pywrap_tf_session.TF_DeleteFunction(made)
     for node in function.node_def:
         node.attr.pop("_class", None)  # may name nodes that are outside
     return function

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 from google.protobuf import json_format
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from tensorflow_serving.apis import (
@@ -49,7 +49,10 @@ def application(service: Service, pool: Executor, metrics_path: str | None, time
     """
 
     async def api(request: Request) -> Response:
-        body = await request.body()
+        try:
+            body = await request.body()
+        except ClientDisconnect:
+            return Response(status_code=499)  # which nobody reads
         work = asyncio.get_running_loop().run_in_executor(
             pool, _answer, service, request.method, request.scope["path"], body
         )
