@@ -46,8 +46,8 @@ flags.DEFINE_bool("overwrite", False, "Replace what an earlier run wrote there."
 flags.DEFINE_bool(
     "in_graph",
     False,
-    "Batch in the graph (tf.nondifferentiable_batch_function), for inputs that do not share dimension 0: refused, see "
-    "docs/batching.md.",
+    "Write a model that batches whole requests in its graph (tf.nondifferentiable_batch_function), for inputs that do "
+    "not share dimension 0 and have known shapes (docs/batching.md).",
 )
 flags.mark_flag_as_required("model")
 
@@ -62,41 +62,40 @@ def main(argv: Sequence[str]) -> int:
         value = getattr(FLAGS, name)
         if value is not None and not 0 < value < float("inf"):
             raise TfoptError(f"--{name}={value:g}: wants more than 0")
-    if FLAGS.in_graph:
-        raise TfoptError(
-            "--in_graph: not supported: a batch function too wants inputs that share dimension 0, and nothing says how "
-            "inputs that do not are to be put together; send more rows in one request (docs/batching.md)"
-        )
+    if FLAGS.in_graph and (FLAGS.output_dir is None or FLAGS.server):
+        raise TfoptError("--in_graph: writes a model: give --output_dir, and no --server")
     from tfopt.publish import Workspace
-    from tfopt.serving import tuning, tuning_text
+    from tfopt.serving import in_graph, tuning, tuning_text
     from tfopt.serving.batching_parameters import FILE
     from tfopt.serving.loadtest.result import to_json
     from tfopt.serving.tuning_check import by_hand
     from tfopt.serving.tuning_choice import Workload
 
-    def tune() -> tuning.Tuning:
-        return tuning.tune(
-            FLAGS.model,
-            Workload(FLAGS.rate, FLAGS.slo_ms, FLAGS.rows_per_request),
-            signature=FLAGS.signature_name,
-            source=FLAGS.data,
-            largest=FLAGS.max_batch_size,
-            check=FLAGS.check,
-            check_s=FLAGS.check_s,
-            serve=by_hand(FLAGS.server, Path.cwd()) if FLAGS.server else None,
-            seed=FLAGS.seed,
-            progress=True,
-        )
-
+    workload = Workload(FLAGS.rate, FLAGS.slo_ms, FLAGS.rows_per_request)
+    options = {
+        "signature": FLAGS.signature_name,
+        "source": FLAGS.data,
+        "largest": FLAGS.max_batch_size,
+        "check": FLAGS.check,
+        "check_s": FLAGS.check_s,
+        "seed": FLAGS.seed,
+        "progress": True,
+    }
     if FLAGS.output_dir is None:
-        print(tuning_text.draw(tune()), end="")
+        serve = by_hand(FLAGS.server, Path.cwd()) if FLAGS.server else None
+        print(tuning_text.draw(tuning.tune(FLAGS.model, workload, serve=serve, **options)), end="")
         return 0
-    with Workspace(Path(FLAGS.output_dir), [FILE, "tuning.json"], overwrite=FLAGS.overwrite) as workspace:
-        found = tune()
+    model = "serving/1"
+    with Workspace(Path(FLAGS.output_dir), [FILE, model, "tuning.json"], overwrite=FLAGS.overwrite) as workspace:
+        if FLAGS.in_graph:
+            found = in_graph.tune(Path(FLAGS.model), workload, workspace.path(model), **options)
+        else:
+            serve = by_hand(FLAGS.server, workspace.scratch) if FLAGS.server else None
+            found = tuning.tune(FLAGS.model, workload, serve=serve, **options)
+            if found.parameters is not None:
+                workspace.write(FILE, found.parameters.text())
         print(tuning_text.draw(found), end="")
         workspace.write("tuning.json", to_json(found.to_dict()))
-        if found.parameters is not None:
-            workspace.write(FILE, found.parameters.text())
         workspace.publish()
     return 0
 

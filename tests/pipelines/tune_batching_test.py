@@ -39,7 +39,7 @@ def test_files(command, tmp_path):
         ([MODEL, "--rate=-1"], "--rate=-1: wants more than 0"),
         (["--model=/no/such", "--rate=1"], "/no/such: no such file or directory"),
         ([MODEL, "--rate=1", "--data=/no/such.npz"], "/no/such.npz: no such file"),
-        ([MODEL, "--rate=1", "--in_graph"], "--in_graph: "),
+        ([MODEL, "--rate=1", "--in_graph"], "--in_graph: writes a model: give --output_dir"),
         ([MODEL, "--rate=1", "extra"], "unexpected argument 'extra'"),
     ],
 )

@@ -110,7 +110,7 @@ def test_knees_are_found_in_turns():
     )
     for name, capacity in (("slow", 80), ("fast", 200)):
         assert capacity / 1.2 < found[name].rate <= 1.02 * capacity
-    assert 10 < found["none"].rate <= 20 and found["none"].p99 > 0
+    assert 10 < found["none"].rate <= 23 and found["none"].p99 > 0
     assert order[:2] == [("slow", 50), ("fast", 50)]
     # All at one rate before the next; the one that failed three times is out.
     assert order[2:5] == [("none", 50)] * 3 and {rate for _, rate in order[5:7]} == {round(50 * 1.15)}

@@ -88,9 +88,9 @@ def by_hand(address: str, folder: Path) -> Serve:
 def at_rate(measures: Mapping[str, Measure], plan: Plan, progress: bool = False) -> dict[str, Checked]:
     """Measures all settings at one rate, in turns."""
     found: dict[str, list[Result]] = {name: [] for name in measures}
-    turns = [name for turn in range(_ROUNDS) for name in list(measures)[:: -1 if turn % 2 else 1]]
-    for name in tqdm(turns, desc="checking", leave=False, disable=None if progress else True):
-        found[name].append(measures[name](plan))
+    turns = [(name, turn) for turn in range(_ROUNDS) for name in list(measures)[:: -1 if turn % 2 else 1]]
+    for name, turn in tqdm(turns, desc="checking", leave=False, disable=None if progress else True):
+        found[name].append(measures[name](plan.at(plan.rate, turn)))
     return {
         name: Checked(
             plan.rate,
@@ -113,9 +113,9 @@ def knees(measures: Mapping[str, Measure], plan: Plan, start: float, progress: b
     held: dict[str, tuple[float, Result]] = {}
 
     def try_at(name: str, rate: float) -> bool:
-        for _ in range(_ATTEMPTS):
+        for attempt in range(_ATTEMPTS):
             runs[name] += 1
-            result = measures[name](plan.at(rate))
+            result = measures[name](plan.at(rate, attempt))
             bar.update()
             if result.good:
                 held[name] = rate, result

@@ -103,6 +103,6 @@ class Plan:
         if self.mode == OPEN and self.rate * (self.warmup_s + self.duration_s) > 20e6 and not self.requests:
             raise TfoptError(f"--rate={self.rate:g}: more than 20 million requests; cap them with --requests")
 
-    def at(self, rate: float) -> Plan:
-        """The same, as an open loop at another rate."""
-        return dataclasses.replace(self, mode=OPEN, rate=rate)
+    def at(self, rate: float, attempt: int = 0) -> Plan:
+        """The same, as an open loop at another rate; another attempt has other arrivals."""
+        return dataclasses.replace(self, mode=OPEN, rate=rate, seed=self.seed + attempt)

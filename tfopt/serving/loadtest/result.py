@@ -161,7 +161,7 @@ class Result:
         chance: the number outstanding is about Poisson, so that it differs by some sqrt(mean) between two moments.
         """
         missing = (self.offered - self.achieved) * self.window_s
-        chance = 1 + 2 * math.sqrt(self.outstanding)
+        chance = 1 + 3 * math.sqrt(self.outstanding)
         return bool(self.answered) and not self.failed and missing <= max(0.01 * self.offered * self.window_s, chance)
 
     @property

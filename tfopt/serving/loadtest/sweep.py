@@ -66,8 +66,8 @@ def sweep(
     rate = start
     while len(steps) < most_steps:
         found = None
-        for _ in range(attempts):
-            found = measure(plan.at(rate))
+        for attempt in range(attempts):
+            found = measure(plan.at(rate, attempt))
             steps.append(found)
             if found.good or len(steps) >= most_steps:
                 break
