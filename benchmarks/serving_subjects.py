@@ -145,8 +145,8 @@ def ranking() -> Path:
             x = tf.io.parse_example(examples, features)
             history = tf.gather(self.ids, x["user_history"])
             for kernel, bias in self.history:
-                history = tf.nn.relu(tf.einsum("nhi,io->nho", history, kernel) + bias)
-            attention = tf.nn.softmax(tf.einsum("nhi,io->nho", history, self.query[0]), axis=1)
+                history = tf.nn.relu(tf.tensordot(history, kernel, 1) + bias)
+            attention = tf.nn.softmax(tf.tensordot(history, self.query[0], 1), axis=1)
             history = tf.reduce_sum(attention * history, axis=1)
             user = tf.concat([x["user_stats"], history, tf.gather(self.ids, x["user_id"][:, 0])], axis=1)
             for kernel, bias in self.users:
