@@ -39,7 +39,7 @@ def test_recipes_page_names_every_recipe_and_pass():
         shared = recovery.OPTIONS.keys() <= passes.get(name).options.keys()
         (row,) = re.findall(rf"^\| `{name}` \|.*$", techniques, re.MULTILINE)
         own = {o: v for o, v in passes.get(name).options.items() if not shared or recovery.OPTIONS.get(o) != v}
-        assert re.findall(r"`(\w+)` \(([\w.-]*)\)", row) == [(option, str(default)) for option, default in own.items()]
+        assert re.findall(r"`(\w+)` \(([\w.*-]*)\)", row) == [(option, str(default)) for option, default in own.items()]
 
 
 def test_example_recipe_is_legal():
