@@ -204,3 +204,13 @@ def test_inputs_of_variable_length_are_not_padded_here(opened, tmp_path, caplog)
     parameters = BatchingParameters(pad_variable_length_inputs=True)
     assert not opened("any", tmp_path / "any", parameters)._batched
     assert "does not pad_variable_length_inputs" in caplog.text
+
+
+def test_a_real_estimator_on_its_real_examples(opened, shared):
+    path = shared / "models" / "tfx-chicago-taxi" / "estimator_serving"
+    files = sorted(map(str, (shared / "data" / "chicago-taxi" / "tfexamples" / "Split-eval").iterdir()))
+    records = [r.numpy() for r in tf.data.TFRecordDataset(files[:1], "GZIP").take(60)]
+    plain, batched = opened("taxi", path), opened("taxi", path, SIZES)
+    requests = [{"inputs": np.array(records[i : i + 1 + i % 3], object)} for i in range(0, 57, 3)]
+    assert_equal(plain, batched, "regression", requests)
+    assert value(":tensorflow:serving:batching:processed_batch_size_count", "taxi", "regression") < len(requests)
