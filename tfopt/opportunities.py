@@ -113,10 +113,14 @@ def _weights(model: Model) -> list[str]:
     return found
 
 
+def select_ops(model: Model) -> list[str]:
+    """Ops of a model that TFLite runs as Select TF ops only."""
+    return sorted({node.op for node in _nodes(model) if node.op.startswith(_SELECT) and node.op not in _BUILTIN})
+
+
 def _device(meta: MetaGraphDef, model: Model) -> list[str]:
     found = []
-    ops = sorted({node.op for node in _nodes(model) if node.op.startswith(_SELECT) and node.op not in _BUILTIN})
-    if ops:
+    if ops := select_ops(model):
         more = ", ..." if len(ops) > 6 else ""
         found.append(f"TFLite needs Select TF ops for {', '.join(ops[:6])}{more} (--allow_select_tf_ops).")
     for name in model.signatures:

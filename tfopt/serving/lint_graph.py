@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tensorflow.core.framework.node_def_pb2 import NodeDef
-from tensorflow.core.protobuf.meta_graph_pb2 import SignatureDef
+from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef, SignatureDef
 
 from tfopt.graph import called_functions, split
 from tfopt.inline import label, tensor_names
@@ -19,6 +19,7 @@ _WRITES = (
     *("Stack", "QueueEnqueue", "QueueDequeue", "BarrierInsert", "StagingArea", "Stage", "Unstage"),
 )
 _READS = ("LookupTableExport",)
+_MUST_COMPILE = "_XlaMustCompile"
 
 
 def signature_nodes(model: Model, signature: str) -> Iterator[NodeDef]:
@@ -60,7 +61,9 @@ def unbatchable(signature: SignatureDef) -> list[tuple[str, str]]:
 
     It concatenates all inputs of several requests along dimension 0, runs once, and splits all outputs by rows.
     """
-    found = [] if signature.inputs else [("", "it has no input, and a batch is made of the rows of inputs")]
+    if not signature.inputs:
+        return [("", "has no input, and a batch is made of the rows of inputs")]
+    found = []
     for name, info in sorted(signature.inputs.items()):
         dims = [d.size for d in info.tensor_shape.dim]
         if not info.name:
@@ -68,7 +71,9 @@ def unbatchable(signature: SignatureDef) -> list[tuple[str, str]]:
         elif not dims and not info.tensor_shape.unknown_rank:
             found.append((f"input {name!r}", "is a scalar: requests cannot be joined along its dimension 0"))
         elif dims and dims[0] >= 0:
-            found.append((f"input {name!r}", f"has {dims[0]} row{'s' * (dims[0] != 1)} in every request"))
+            found.append(
+                (f"input {name!r}", f"has {dims[0]} row{'s' * (dims[0] != 1)} by its shape, and batches have others")
+            )
     for name, info in sorted(signature.outputs.items()):
         dims = [d.size for d in info.tensor_shape.dim]
         if not dims and not info.tensor_shape.unknown_rank and info.name:
@@ -76,3 +81,12 @@ def unbatchable(signature: SignatureDef) -> list[tuple[str, str]]:
         elif dims and dims[0] >= 0 and not any(where.startswith("input") for where, _ in found):
             found.append((f"output {name!r}", f"has {dims[0]} row{'s' * (dims[0] != 1)} whatever the batch is"))
     return found
+
+
+def must_compile(meta: MetaGraphDef) -> list[str]:
+    """Functions, or else nodes, that were made with jit_compile=True: they run by XLA or not at all."""
+    library = meta.graph_def.library.function
+    if found := [f.signature.name for f in library if _MUST_COMPILE in f.attr and f.attr[_MUST_COMPILE].b]:
+        return found
+    nodes = [node for body in (meta.graph_def.node, *(f.node_def for f in library)) for node in body]
+    return [node.name for node in nodes if _MUST_COMPILE in node.attr and node.attr[_MUST_COMPILE].b]
