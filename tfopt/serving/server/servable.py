@@ -98,9 +98,8 @@ class Servable:
                 pass  # perhaps another request of the batch was wrong: this one is answered by itself
             except (tf.errors.OpError, TypeError, ValueError, RuntimeError) as error:
                 raise from_tensorflow(error) from error
-        call = self._callable(signature, tuple(inputs), outputs)
         try:
-            return call(*inputs.values())
+            return self._callable(signature, tuple(inputs), outputs)(*inputs.values())
         except (tf.errors.OpError, TypeError, ValueError, RuntimeError) as error:
             raise from_tensorflow(error) from error
 
