@@ -11,11 +11,21 @@ import tensorflow as tf
 
 from tests.origins import save_tf1, spec
 from tfopt.errors import TfoptError
-from tfopt.serving import lint, lint_subject, warmup
+from tfopt.serving import lint, lint_probe, lint_subject, warmup
 from tfopt.serving.lint import Flags
 from tfopt.serving.lint_subject import Probe, Trial
 
 v1 = tf.compat.v1
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch, request):
+    """Models are run here: a process of its own for each would spend seconds on the import of TensorFlow."""
+    if "own_process" not in request.node.name:
+        run = property(lambda self: lint_probe.probe(self.directory, self.flags.data) if self.run else Probe())
+        monkeypatch.setattr(lint_subject.Subject, "probe", run)
+
+
 BATCHING = Flags(enable_batching=True)
 
 
@@ -167,7 +177,7 @@ def test_variables_that_the_restore_does_not_fill(built):
     assert "variables-not-restored" not in found(built("keras3_export"), run=True)
 
 
-def test_a_model_without_a_kernel(shared):
+def test_a_model_without_a_kernel_in_its_own_process(shared):
     path = shared / "models" / "tfx-unsupported-op" / "benchmark_trained"
     findings = lint.lint(path).findings
     (error,) = [f for f in findings if f.severity == "error"]
