@@ -133,15 +133,21 @@ def test_inputs_must_share_their_rows(opened, tmp_path):
         batched.run("serving_default", request, ["product"])
 
 
-def test_large_requests_are_split(opened, tmp_path):
+@pytest.mark.parametrize("allowed", [(), (2, 4), (2, 64)])
+def test_large_requests_are_split(opened, tmp_path, allowed):
     parameters = BatchingParameters(
-        max_batch_size=64, max_execution_batch_size=4, enable_large_batch_splitting=True, batch_timeout_micros=0
+        max_batch_size=64,
+        max_execution_batch_size=4,
+        enable_large_batch_splitting=True,
+        batch_timeout_micros=0,
+        allowed_batch_sizes=allowed,
     )
-    batched = opened("split", half_plus(tmp_path, 1), parameters)
+    model = f"split{len(allowed)}{allowed[-1:]}"
+    batched = opened(model, half_plus(tmp_path, 1), parameters)
     x = np.arange(30, dtype=np.float32)
     np.testing.assert_array_equal(batched.run("serving_default", {"x": x}, ["y"])[0], x / 2 + 2)
     name = ":tensorflow:serving:batching:processed_batch_size"
-    assert value(f"{name}_count", "split") == value(f"{name}_bucket", "split", le="4.0") == 8
+    assert value(f"{name}_count", model) == value(f"{name}_bucket", model, le="4.0") == 8
 
 
 def test_an_empty_request_is_answered(opened, tmp_path):

@@ -167,8 +167,9 @@ def _call(
     most = p.max_execution_batch_size if p.enable_large_batch_splitting else p.max_batch_size
     assert p.max_batch_size is not None and most is not None
     sizes = p.allowed_batch_sizes
-    if not sizes and p.enable_large_batch_splitting and most < p.max_batch_size:
-        sizes = tuple(range(1, most + 1))  # the kernel takes the largest batch that it runs from this list only
+    if p.enable_large_batch_splitting and most < p.max_batch_size:
+        # The kernel takes the largest batch that it runs from this list only.
+        sizes = tuple(sorted({most, *(size for size in sizes or range(1, most) if size < most)}))
     attributes: dict[str, Any] = {
         "num_batch_threads": p.num_batch_threads,
         "max_batch_size": p.max_batch_size,
