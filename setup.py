@@ -36,7 +36,14 @@ EXTRAS = {
     "digits": ["scikit-learn>=1.5,<2"],  # the data of pipelines/train_digits.py
 }
 # A formatter or a type checker of another version finds other faults: these two are pinned.
-EXTRAS["test"] = [*EXTRAS["digits"], *EXTRAS["low_rank"], "mypy==2.4.1", "pytest>=8,<10", "ruff==0.17.6"]
+EXTRAS["test"] = [
+    *EXTRAS["digits"],
+    *EXTRAS["low_rank"],
+    "mypy==2.4.1",
+    "pytest>=8,<10",
+    "pyyaml>=6,<7",
+    "ruff==0.17.6",
+]
 
 COMMANDS = [
     "tfopt-optimize = pipelines.optimize:run",

@@ -60,7 +60,9 @@ def requests_of(name: str, side: Side, server, rows: list[dict], protocol: str =
         inputs = side.inputs(row)
         if set(inputs) == {""}:  # a picture, whatever the model calls its input
             inputs = {next(iter(asked.inputs)): inputs[""]}
-        made += requests.from_rows(target, asked, Dataset(inputs, None, name, frozenset(inputs)))
+        count = max(len(array) for array in inputs.values())
+        once = frozenset(key for key, array in inputs.items() if len(array) != count)
+        made += requests.from_rows(target, asked, Dataset(inputs, None, name, once), count)
     return target, made
 
 
