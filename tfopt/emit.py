@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tensorflow.core.protobuf.meta_graph_pb2 import SignatureDef
@@ -104,7 +104,7 @@ def warmup_data(original: Model, served: Model, workspace: Workspace, options: O
     rows = representative_rows(original, served, source)
     if not rows or any(step["step"] == "once" for steps in served.requests.values() for step in steps):
         return None
-    arrays = {key: array for found in rows.values() for key, array in found.inputs.items()}
+    arrays: dict[str, Any] = {key: array for found in rows.values() for key, array in found.inputs.items()}
     path = workspace.scratch / "warmup.npz"
     np.savez(path, **{k: a.astype("S") if a.dtype == object else a for k, a in arrays.items()})
     return str(path)
