@@ -124,7 +124,9 @@ def _run_plots(result: Result) -> list[Plot]:
         axis = Axis("seconds after the start", lambda v: f"{v:g}", log=False, from_zero=True)
         series = [("greatest of a tenth of a second", "due", worst)]
         hint = "By when requests were due: a stall of the server is a slope."
-        plots.append(_plot("Latency over time", series, axis, Axis("latency in ms", text.milliseconds), hint))
+        plots.append(
+            _plot("Latency over time", series, axis, Axis("latency in ms", text.milliseconds, from_zero=True), hint)
+        )
     return plots
 
 
