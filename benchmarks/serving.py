@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from benchmarks import serving_subjects as subjects
 from benchmarks.serving_subjects import Side
 
 TURNS = 5
+LOADED = ("kws-ds-cnn", "mobilenet_v2", "tfx-chicago-taxi")
 
 
 @contextlib.contextmanager
@@ -124,7 +125,7 @@ def equal_on_all(name: str, sides: tuple[Side, Side], records: list[bytes], key:
 
 
 def part_requests() -> list[dict]:
-    """Must show 1: the compact signature against tf.Examples."""
+    """The compact signature against tf.Examples."""
     lines = []
     for name in ("tfx-chicago-taxi", "tfx-penguin"):
         before, after, records, key = subjects.example_model(name)
@@ -139,7 +140,7 @@ def part_requests() -> list[dict]:
 
 
 def part_ranking() -> list[dict]:
-    """Must show 1: one user, 200 candidates."""
+    """One user, 200 candidates."""
     rows = list(subjects.ranking_requests(20))
     data = subjects.records_file("ranking", list(rows[0]["examples"]))
     signature = "serving_default"
@@ -171,36 +172,39 @@ def _compared(what: str, before: dict, after: dict) -> dict:
     return line
 
 
-def _load_cases() -> Iterator[tuple[str, Side, Side, list[dict]]]:
-    for name in ("kws-ds-cnn", "mobilenet_v2"):
+def _load_cases(models: list[str]) -> Iterator[tuple[str, Side, Side, list[dict]]]:
+    for name in [name for name in LOADED if name in models and name != "tfx-chicago-taxi"]:
         yield (
             name,
             subjects.original(name, "serving_default"),
             subjects.optimized(name, "serving_default"),
             subjects.pictures(name, 16),
         )
-    before, after, records, key = subjects.example_model("tfx-chicago-taxi")
-    yield "tfx-chicago-taxi", before, after, subjects.pages(records[:640], key, 32)
+    if "tfx-chicago-taxi" in models:
+        before, after, records, key = subjects.example_model("tfx-chicago-taxi")
+        yield "tfx-chicago-taxi", before, after, subjects.pages(records[:640], key, 32)
 
 
-def part_load(seconds: float = 6.0) -> list[dict]:
-    """Must show 2: p50 and p99 at equal offered load, and the knees."""
+def part_load(models: list[str], seconds: float = 5.0) -> list[dict]:
+    """P50 and p99 at equal offered load, and the knees."""
     from tfopt.serving.loadtest.plan import Plan
     from tfopt.serving.loadtest.run import run
     from tfopt.serving.loadtest.sweep import sweep
 
     lines = []
-    for name, before, after, rows in _load_cases():
+    for name, before, after, rows in _load_cases(models):
         with served(name, [before, after]) as servers:
             asked = [requests_of(name, s, server, rows) for s, server in zip((before, after), servers, strict=True)]
             single = []
             for (target, requests), server in zip(asked, servers, strict=True):
                 closed(target, requests, 30, server.pid)
                 single.append(closed(target, requests, 60, server.pid).latency.p50 / 1e3)
-            plan = Plan(warmup_s=0.5, duration_s=3.0)
+            plan = Plan(warmup_s=0.5, duration_s=2.5)
             knees = []
             for (target, requests), alone in zip(asked, single, strict=True):
-                found = sweep(lambda p, t=target, r=requests: run(t, r, p), plan, start=0.5 / alone, factor=1.5)
+                found = sweep(
+                    lambda p, t=target, r=requests: run(t, r, p), plan, start=0.5 / alone, factor=1.5, resolution=0.15
+                )
                 knees.append(found.knee.plan.rate if found.knee else float("nan"))
             rate = 0.5 * knees[0]
             p50: list[list[float]] = [[], []]
@@ -228,7 +232,7 @@ def _ratio(pair: list[float]) -> str:
 
 
 def part_stall() -> list[dict]:
-    """Must show 3: a server that stands still for a second, and the generator's own limit."""
+    """A server that stands still for a second, and the generator's own limit."""
     from tfopt.serving.loadtest import self_test
     from tfopt.serving.loadtest.plan import CLOSED, Plan
     from tfopt.serving.loadtest.run import run
@@ -253,35 +257,33 @@ def part_stall() -> list[dict]:
 
 
 def part_batching() -> list[dict]:
-    """Must show 4: tuned batching of MobileNetV2; what tfopt-tune-batching prints."""
-    side = subjects.optimized("mobilenet_v2", "serving_default")
-    command = [sys.executable, "-m", "pipelines.tune_batching", f"--model={side.base / '1'}", "--slo_ms=250"]
+    """Tuned batching of MobileNetV2; what tfopt-tune-batching prints."""
+    side = subjects.original("mobilenet_v2", "serving_default")
+    tune = ["--rate=45", "--slo_ms=300", "--check_s=6", "--max_batch_size=16"]
+    command = [sys.executable, "-m", "pipelines.tune_batching", f"--model={side.base / '1'}", *tune]
     print(" ".join(command[2:]), flush=True)
     subprocess.run(command, check=False)
     return []
 
 
-PARTS = {
-    "requests": part_requests,
-    "ranking": part_ranking,
-    "load": part_load,
-    "stall": part_stall,
-    "batching": part_batching,
-}
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join([*PARTS, 'soak'])}")
+    parser.add_argument("--parts", default="requests,ranking,load,stall,batching", help="of these, and soak")
+    parser.add_argument("--models", default=",".join(LOADED), help="of the part load")
     parser.add_argument("--seconds", type=float, default=180, help="of the soak")
     parser.add_argument("--json", help="where to write the figures")
     arguments = parser.parse_args()
+    parts: dict[str, Callable[[], list[dict]]] = {
+        **{"requests": part_requests, "ranking": part_ranking, "stall": part_stall, "batching": part_batching},
+        "load": lambda: part_load(arguments.models.split(",")),
+        "soak": lambda: serving_soak.soak(arguments.seconds),
+    }
     found = {}
     for part in arguments.parts.split(","):
         begun = time.monotonic()
         print(f"== {part}", flush=True)
-        found[part] = serving_soak.soak(arguments.seconds) if part == "soak" else PARTS[part]()
+        found[part] = parts[part]()
         print(f"   ({time.monotonic() - begun:.0f} s)", flush=True)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n")
