@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     output = Path(FLAGS.output_json) if FLAGS.output_json else None
     if output and not output.parent.is_dir():
         raise TfoptError(f"--output_json={output}: no such directory: {output.parent}")
-    from tfopt.serving import lint
+    from tfopt.serving.lint import run as lint
 
     given = lint.Flags(**{field.name: getattr(FLAGS, field.name) for field in dataclasses.fields(lint.Flags)})
     found = lint.lint(FLAGS.model, given, run=FLAGS.run)

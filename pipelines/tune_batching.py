@@ -65,11 +65,11 @@ def main(argv: Sequence[str]) -> int:
     if FLAGS.in_graph and (FLAGS.output_dir is None or FLAGS.server):
         raise TfoptError("--in_graph: writes a model: give --output_dir, and no --server")
     from tfopt.publish import Workspace
-    from tfopt.serving import in_graph, tuning, tuning_text
     from tfopt.serving.batching_parameters import FILE
     from tfopt.serving.loadtest.result import to_json
-    from tfopt.serving.tuning_check import by_hand
-    from tfopt.serving.tuning_choice import Workload
+    from tfopt.serving.tuning import in_graph, text, tune
+    from tfopt.serving.tuning.check import by_hand
+    from tfopt.serving.tuning.choice import Workload
 
     workload = Workload(FLAGS.rate, FLAGS.slo_ms, FLAGS.rows_per_request)
     options = {
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
     }
     if FLAGS.output_dir is None:
         serve = by_hand(FLAGS.server, Path.cwd()) if FLAGS.server else None
-        print(tuning_text.draw(tuning.tune(FLAGS.model, workload, serve=serve, **options)), end="")
+        print(text.draw(tune.tune(FLAGS.model, workload, serve=serve, **options)), end="")
         return 0
     model = "serving/1"
     with Workspace(Path(FLAGS.output_dir), [FILE, model, "tuning.json"], overwrite=FLAGS.overwrite) as workspace:
@@ -91,10 +91,10 @@ def main(argv: Sequence[str]) -> int:
             found = in_graph.tune(Path(FLAGS.model), workload, workspace.path(model), **options)
         else:
             serve = by_hand(FLAGS.server, workspace.scratch) if FLAGS.server else None
-            found = tuning.tune(FLAGS.model, workload, serve=serve, **options)
+            found = tune.tune(FLAGS.model, workload, serve=serve, **options)
             if found.parameters is not None:
                 workspace.write(FILE, found.parameters.text())
-        print(tuning_text.draw(found), end="")
+        print(text.draw(found), end="")
         workspace.write("tuning.json", to_json(found.to_dict()))
         workspace.publish()
     return 0

@@ -14,7 +14,7 @@ MODEL = str(REPO / "saved_models" / "digits")
 
 @pytest.fixture(scope="module")
 def server():
-    with Server("pipelines.lint_serving", "tfopt.serving.lint") as started:
+    with Server("pipelines.lint_serving", "tfopt.serving.lint.run") as started:
         yield started
 
 

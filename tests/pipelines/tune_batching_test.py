@@ -13,7 +13,7 @@ MODEL = f"--model={REPO / 'saved_models' / 'digits'}"
 
 @pytest.fixture(scope="module")
 def command():
-    with Server("pipelines.tune_batching", "tfopt.serving.tuning_text", "tfopt.model") as started:
+    with Server("pipelines.tune_batching", "tfopt.serving.tuning.text", "tfopt.model") as started:
         yield started
 
 

@@ -15,7 +15,7 @@ from tfopt.model import Model
 from tfopt.passes import INVARIANTS, Pass
 from tfopt.rewrite import Log, Refused
 from tfopt.serving.inputs import describe_bytes, groups, matches, placeholders, refusal
-from tfopt.serving.late_broadcast import LateBroadcast
+from tfopt.serving.late_broadcast.rewrite import LateBroadcast
 from tfopt.serving.masked_dense import select_instead
 
 _RULE = "input sent once"

@@ -13,13 +13,13 @@ import numpy as np
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from tfopt.graph import Graph, infer_tensors, join, split
+from tfopt.lookups.row_values import INFINITY, UNBOUNDED, Bounds
+from tfopt.lookups.row_writer import RowWriter
+from tfopt.lookups.sparse_columns import Columns
+from tfopt.lookups.sparse_lookups import SEGMENT_OPS
+from tfopt.lookups.sparse_values import Lookup, Rows
 from tfopt.model import Model
 from tfopt.passes import Pass
-from tfopt.passes.row_values import INFINITY, UNBOUNDED, Bounds
-from tfopt.passes.row_writer import RowWriter
-from tfopt.passes.sparse_columns import Columns
-from tfopt.passes.sparse_lookups import SEGMENT_OPS
-from tfopt.passes.sparse_values import Lookup, Rows
 from tfopt.rewrite import Log
 
 _LOOPS = ("NextIteration", "RefNextIteration")

@@ -15,7 +15,7 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from tfopt.graph import Graph, join, split
 from tfopt.rules.constants import attr
-from tfopt.serving.late_broadcast_ops import BINARY, ELEMENTWISE
+from tfopt.serving.late_broadcast.ops import BINARY, ELEMENTWISE
 
 _CONCATS = ("ConcatV2", "Pack")
 

@@ -24,7 +24,7 @@ from tfopt.publish import Workspace
 from tfopt.serving import batching_parameters, deployment_text, model_config, session_config, warmup
 from tfopt.serving.batching_parameters import BatchingParameters
 from tfopt.serving.deployment_text import Options
-from tfopt.serving.lint_graph import must_compile, unbatchable
+from tfopt.serving.lint.graph import must_compile, unbatchable
 
 BATCHING, CONFIG = batching_parameters.FILE, model_config.FILE
 COMPOSE, KUBERNETES, SERVE = "docker-compose.yaml", "kubernetes.yaml", "serve.sh"

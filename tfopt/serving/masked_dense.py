@@ -12,7 +12,7 @@ import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from tfopt.graph import Graph, join, split
-from tfopt.serving.late_broadcast_ops import ELEMENTWISE
+from tfopt.serving.late_broadcast.ops import ELEMENTWISE
 
 # Elementwise ops that fail on what stands where there is no value.
 _STRICT = ("CheckNumerics", "StringToNumber")

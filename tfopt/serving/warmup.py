@@ -22,7 +22,7 @@ from tfopt.data import Dataset, load, whole_inputs
 from tfopt.errors import TfoptError
 from tfopt.model import Model
 from tfopt.model import load as load_model
-from tfopt.serving.lint_graph import assigned_state
+from tfopt.serving.lint.graph import assigned_state
 from tfopt.serving.warmup_replay import CLASSIFY, REGRESS, Session, arrays, read, replay, server, target
 from tfopt.verify import features, input_specs, inputs_for
 

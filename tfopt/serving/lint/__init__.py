@@ -1,0 +1,1 @@
+"""The linter: rules about files, signatures, ops, batching, warmup and TFLite on stock TensorFlow Serving."""

@@ -1,0 +1,1 @@
+"""Batch tuning: the batch curve, a model of the batcher, the choice, and its check by load tests."""
