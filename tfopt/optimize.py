@@ -110,7 +110,7 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
       TfoptError: bad input or usage; nothing is left behind.
     """
     started = datetime.datetime.now(datetime.UTC)
-    steps_wanted = recipe.override(recipe.read(options.recipe), _settings(options))
+    steps_wanted = _wanted(options)
     if options.tflite is None:
         options = dataclasses.replace(options, tflite=steps_wanted.tflite)
     _check(options, steps_wanted)
@@ -217,11 +217,19 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
     return Result(report, directory, failed, not emitted)
 
 
-def _settings(options: Options) -> tuple[str, ...]:
-    """The options of passes that have a flag of their own, with those of --set."""
-    kept = ("compact_signature.keep_example_signature=true",) if options.keep_example_signature else ()
-    once = (f"broadcast_inputs.inputs={options.broadcast_inputs}",) if options.broadcast_inputs else ()
-    return (*kept, *once, *options.set)
+def _wanted(options: Options) -> recipe.Recipe:
+    """The recipe, with the options of passes that have a flag of their own, and those of --set."""
+    chosen, settings = recipe.read(options.recipe), list(options.set)
+    own = {
+        "--keep_example_signature": (options.keep_example_signature, "compact_signature.keep_example_signature=true"),
+        "--broadcast_inputs": (options.broadcast_inputs, f"broadcast_inputs.inputs={options.broadcast_inputs}"),
+    }
+    for flag, (given, setting) in own.items():
+        name = setting.partition(".")[0]
+        if given and name not in [step for step, _ in chosen.steps]:
+            raise TfoptError(f"{flag}: recipe {chosen.name} has no pass {name}; choose --recipe=compact_signature")
+        settings += [setting] if given else []
+    return recipe.override(chosen, settings)
 
 
 def run_pass(

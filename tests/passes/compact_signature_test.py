@@ -12,7 +12,7 @@ from tfopt.errors import TfoptError
 from tfopt.export import saved_model
 from tfopt.function import Function
 from tfopt.model import load
-from tfopt.optimize import run_pass
+from tfopt.optimize import Options, optimize, run_pass
 from tfopt.passes.compact_signature import run
 from tfopt.rewrite import Log
 from tfopt.serving.encode import columns, encode
@@ -274,3 +274,17 @@ def examples_of_penguins(path):
                 example.features.feature[key].float_list.value.append(float(value))
         records.append(example.SerializeToString())
     return np.array(records, object)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"broadcast_inputs": "user_*"}, "--broadcast_inputs: recipe lossless has no pass broadcast_inputs"),
+        ({"keep_example_signature": True}, "--keep_example_signature: recipe lossless has no pass compact_signature"),
+        ({"recipe": "compact_signature"}, "no signature takes serialized tf.Examples"),
+    ],
+)
+def test_what_a_run_refuses(plain_module, tmp_path, options, message):
+    with pytest.raises(TfoptError, match=message):
+        optimize(plain_module, tmp_path / "out", Options(**options))
+    assert not (tmp_path / "out").exists()
