@@ -16,6 +16,9 @@ from tfopt import cost, measure, metrics, runtime, sources
 from tfopt.data import STRING, Dataset, TensorSpec, batch_size, load, probes
 from tfopt.errors import TfoptError
 from tfopt.report import Metric
+from tfopt.serving import request
+from tfopt.serving.client_stub import client_steps
+from tfopt.serving.encode import encode
 from tfopt.verify import GUESSES, difference
 
 _ROWS = 8  # of random inputs
@@ -143,20 +146,28 @@ def compare(
         keys = _signatures(programs, signature)
         ours, theirs = (p.signatures[key] for p, key in zip(programs, keys, strict=True))
         notes = [] if keys[0] == keys[1] else [f"signature {keys[0]!r} of A is compared with {keys[1]!r} of B"]
-        inputs = _pair(ours.inputs, theirs.inputs, "input", notes)
-        missing = [n for n in ours.inputs if n not in inputs] + [n for n in theirs.inputs if n not in inputs.values()]
+        steps = client_steps(paths[1], keys[1]) if ours.inputs.keys() != theirs.inputs.keys() else []
+        if steps:
+            notes.append(
+                "B is given rows of A, in the form that its clients make of them (assets.extra/signatures.json)"
+            )
+        taken = ours.inputs if steps else theirs.inputs
+        inputs = _pair(ours.inputs, taken, "input", notes)
+        missing = [n for n in ours.inputs if n not in inputs] + [n for n in taken if n not in inputs.values()]
         if missing:
             raise TfoptError(
                 f"the two take different inputs: A {_listed(ours.inputs)}; B {_listed(theirs.inputs)}; nothing fits "
                 f"{', '.join(map(repr, missing))}"
             )
         outputs = _pair(ours.outputs, theirs.outputs, "output", notes)
-        specs = {name: _common(spec, theirs.inputs[inputs[name]]) for name, spec in ours.inputs.items()}
+        specs = {name: _common(spec, taken[inputs[name]]) for name, spec in ours.inputs.items()}
         features = _features(paths, keys) if any(spec.dtype == STRING for spec in specs.values()) else None
 
         def run(side: int, rows: Inputs) -> runtime.Outputs:
-            renamed = rows if side == 0 else {inputs[name]: array for name, array in rows.items()}
-            return programs[side].run(keys[side], renamed)
+            if side == 0:
+                return programs[0].run(keys[0], rows)
+            renamed = {inputs[name]: array for name, array in rows.items()}
+            return request.call(steps, lambda arrays: programs[1].run(keys[1], arrays), renamed)
 
         dataset, results = _results(run, specs, data, seed, features, max(_batches(ours, theirs), _ROWS))
         again = run(0, dataset.inputs)
@@ -174,7 +185,8 @@ def compare(
             _score(sides, programs, run, labelled, metric, eval_output, outputs)
         if latency:
             one = dataset.take(slice(0, _batches(ours, theirs))).inputs
-            _time(sides, paths, one, {inputs[name]: array for name, array in one.items()}, threads, notes)
+            theirs_one = encode(steps, {inputs[name]: array for name, array in one.items()})
+            _time(sides, paths, one, theirs_one, threads, notes)
         return Comparison(sides[0], sides[1], pairs, dataset.source, len(dataset), notes)
 
 

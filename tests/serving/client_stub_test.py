@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.serving import examples
+from tfopt.comparison import compare
 from tfopt.optimize import Options, optimize
 from tfopt.serving.server.child import running
 
@@ -101,3 +102,11 @@ def test_the_client_needs_numpy_alone(optimized, tmp_path):
 def test_wrong_usage_says_how(optimized):
     done = run_client(optimized, "rows.json")
     assert done.returncode == 1 and "--model=NAME" in done.stderr
+
+
+def test_it_is_compared_on_rows_of_the_original(optimized, tmp_path):
+    data = examples.write(tmp_path / "rows.tfrecord", examples.rows(9, seed=5))
+    found = compare(optimized[0] / "1", optimized[1] / "serving/1", data=str(data), latency=False)
+    assert {output.a for output in found.outputs} == {"numbers", "embedded", "text"}
+    assert all(o.problem is None and (o.equal == 1 or o.max_rel_error < 1e-5) for o in found.outputs)
+    assert "B is given rows of A" in found.notes[0]

@@ -11,6 +11,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf.meta_graph_pb2 import TensorInfo
 
 from tfopt.model import Model
+from tfopt.serving.encode import Step
 
 DESCRIPTION = "signatures.json"
 _HERE = Path(__file__).parent
@@ -42,6 +43,12 @@ def write(model: Model, directory: Path) -> None:
     template = jinja2.Template((_HERE / "client_stub.j2").read_text(), keep_trailing_newline=True)
     encode = (_HERE / "encode.py").read_text().partition("import numpy as np\n")[2]
     (extra / "client.py").write_text(template.render(encode=encode.strip()))
+
+
+def client_steps(model: str | Path, signature: str) -> list[Step]:
+    """The steps by which clients of a model that tfopt wrote make the inputs of a signature; none for other models."""
+    described = Path(model) / "assets.extra" / DESCRIPTION
+    return json.loads(described.read_text()).get(signature, {}).get("steps", []) if described.is_file() else []
 
 
 def _tensor(info: TensorInfo) -> dict[str, Any]:
