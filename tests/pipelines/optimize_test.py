@@ -55,7 +55,8 @@ def test_every_flag_reaches_its_option(run, monkeypatch):
         "outputs": ("y", "z"), "overwrite": True, "keep_batch": True, "allow_select_tf_ops": True,
         "allow_unsafe_deserialization": True, "measure_latency": False, "labels": "t.npz", "minimize": "latency",
         "engine": "tfmot", "runtime": "tflite-2.14", "all_integer": True, "serving_tflite": True,
-        "strategy": "mirrored", "checkpoint_dir": "c",
+        "strategy": "mirrored", "checkpoint_dir": "c", "deployment": "name", "broadcast_inputs": "user_*,day",
+        "keep_example_signature": True,
     }  # fmt: skip
     arguments = [f"--{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in wanted.items()]
     run("--model=m", "--output_dir=o", "--verify=off", "--set=a.b=1", "--set=a.c=x", *arguments)
