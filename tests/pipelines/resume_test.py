@@ -28,7 +28,7 @@ RECIPE = [
     {"pass": "train_quantized", "calibrator": "minmax", **TRAINING},
 ]
 # Which training is killed, and after how many more of its checkpoints.
-MOMENTS = [("10_prune_magnitude", 1), ("11_distill", 2), ("11_distill", 5), ("12_train_quantized", 1)]
+MOMENTS = [("11_prune_magnitude", 1), ("12_distill", 2), ("12_distill", 5), ("13_train_quantized", 1)]
 
 
 def _state(folder: Path) -> int:
@@ -83,8 +83,8 @@ def test_killed_in_its_trainings(tmp_path):
             watcher.join()
             assert killed.code == -signal.SIGKILL, f"{name}: {killed}"
             assert not (tmp_path / "out").exists()
-            assert finished in (0, _state(tmp_path / "states" / "10_prune_magnitude")), "it was trained again"
-            finished = _state(tmp_path / "states" / "10_prune_magnitude") if name != "10_prune_magnitude" else 0
+            assert finished in (0, _state(tmp_path / "states" / "11_prune_magnitude")), "it was trained again"
+            finished = _state(tmp_path / "states" / "11_prune_magnitude") if name != "11_prune_magnitude" else 0
         again = server.run(flags, tmp_path / "log", timeout=300)
     assert again.code == 0, again.stderr[-2000:]
     assert list((tmp_path / "states").iterdir()) == []  # nobody needs them any more
