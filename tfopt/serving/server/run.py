@@ -27,6 +27,7 @@ from tfopt.serving.server.servable import LoadOptions, log
 from tfopt.serving.server.service import Service
 
 PARENT = "TFOPT_SERVE_PARENT"  # id of the process with which the server is to end, in the environment
+_BACKLOG = 2048
 GRPC_AT, REST_AT, READY = "Running gRPC ModelServer at ", "Exporting HTTP/REST API at:", "Serving"
 
 
@@ -164,6 +165,7 @@ class _Web:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind((options.address, options.rest_port))
+            self._socket.listen(_BACKLOG)  # uvicorn does so later than readiness is announced
         except OSError as error:
             raise TfoptError(
                 f"--rest_api_port={options.rest_port}: cannot listen at {options.address}: {error.strerror}"
