@@ -131,7 +131,7 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         loading = time.monotonic() - begun
         evaluation = evaluation_rows(loaded, options)
         globs = [given.get("inputs", "") for name, given in steps_wanted.steps if name == "broadcast_inputs"]
-        once = [glob for each in globs for glob in each.split(",") if glob]
+        once = [glob.strip() for each in globs for glob in each.split(",") if glob.strip()]
         verifier = Verifier(loaded, options.representative_data, options.seed, once)
         report = Report(
             created=started.isoformat(timespec="seconds"),

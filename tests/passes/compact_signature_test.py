@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -288,3 +290,20 @@ def test_what_a_run_refuses(plain_module, tmp_path, options, message):
     with pytest.raises(TfoptError, match=message):
         optimize(plain_module, tmp_path / "out", Options(**options))
     assert not (tmp_path / "out").exists()
+
+
+def test_some_features_are_sent_once(model_path, tmp_path):
+    data = examples.write(tmp_path / "rows.tfrecord", examples.rows(9))
+    chosen = Options(
+        recipe="compact_signature",
+        broadcast_inputs="age, day",
+        representative_data=str(data),
+        measure_latency=False,
+    )
+    result = optimize(model_path, tmp_path / "out", chosen)
+    (serving,) = (a for a in result.report.artifacts if a.name == "serving")
+    assert not result.failed and serving.max_rel_error < 1e-5
+    described = json.loads((tmp_path / "out/serving/1/assets.extra/signatures.json").read_text())["serving_default"]
+    (once,) = (step["inputs"] for step in described["steps"] if step["step"] == "once")
+    assert once == ["age", "day"]
+    assert 1 in [tensor["shape"][0] for tensor in described["inputs"].values()]
