@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +52,7 @@ def original(name: str, signature: str) -> Side:
 def optimized(name: str, signature: str, recipe: str = "lossless", data: Path | None = None, **options) -> Side:
     """The model as tfopt-optimize writes it."""
     from tfopt.optimize import Options, optimize
+    from tfopt.serving.client_stub import client_steps
 
     base = HERE / name / recipe
     if not (base / "report.json").exists():
@@ -67,8 +67,7 @@ def optimized(name: str, signature: str, recipe: str = "lossless", data: Path | 
         )
         result = optimize(source, base, chosen)
         assert not result.failed, result.report.table()
-    described = base / "serving" / "1" / "assets.extra" / "signatures.json"
-    steps = json.loads(described.read_text())[signature]["steps"] if described.exists() else ()
+    steps = client_steps(base / "serving" / "1", signature)
     return Side(base / "serving", signature, tuple(steps))
 
 

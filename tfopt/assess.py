@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import logging
@@ -16,7 +15,7 @@ from tfopt.data import Dataset, batch_size
 from tfopt.errors import TfoptError
 from tfopt.report import Artifact
 from tfopt.serving import request
-from tfopt.serving.encode import encode
+from tfopt.serving.encode import Step, encode
 from tfopt.verify import Difference, difference, worst
 from tfopt.weight_statistics import arrays_of, is_compressed, statistics
 
@@ -55,7 +54,7 @@ class Assessment:
     latency: bool = True
     threads: int = 2
     lossless: bool = True
-    requests: Mapping[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    requests: Mapping[str, list[Step]] = dataclasses.field(default_factory=dict)
     stands_for: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def main(self, artifact: Artifact) -> str:
@@ -63,10 +62,13 @@ class Assessment:
         new = [new for new, of in self.stands_for.items() if of == self.signature]
         return new[0] if new and artifact.name != "original" else self.signature
 
+    def steps(self, artifact: Artifact, name: str) -> Sequence[Step]:
+        """How a client makes the inputs of a signature of an artifact of rows as the original takes them."""
+        return () if artifact.name == "original" else self.requests.get(name, ())
+
     def run(self, artifact: Artifact, program: runtime.Program, name: str, rows: Mapping[str, np.ndarray]) -> dict:
         """Runs a signature on rows as the original takes them."""
-        steps = () if artifact.name == "original" else self.requests.get(name, ())
-        return request.call(steps, lambda arrays: program.run(name, arrays), rows)
+        return request.call(self.steps(artifact, name), lambda arrays: program.run(name, arrays), rows)
 
 
 def assess(job: Assessment, artifacts: list[Artifact]) -> list[Artifact]:
@@ -217,10 +219,7 @@ def _time(job: Assessment, artifacts: list[Artifact]) -> None:
     rows = job.comparison[job.signature]
     one = rows.take(slice(0, 1)).inputs
     paths = {a.name: a.path for a in artifacts}
-    calls = {}
-    for artifact in artifacts:
-        steps = () if artifact.name == "original" else job.requests.get(job.main(artifact), ())
-        calls[artifact.name] = job.main(artifact), encode(steps, one)
+    calls = {a.name: (job.main(a), encode(job.steps(a, job.main(a)), one)) for a in artifacts}
     times = measure.latency(paths, job.signature, one, threads=job.threads, calls=calls)
     for artifact in artifacts:
         timed = times[artifact.name]

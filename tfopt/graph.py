@@ -210,6 +210,17 @@ class Graph:
             stack.extend(split(ref)[0] for ref in self.nodes[name].input)
         return seen
 
+    def dependents(self, names: Iterable[str]) -> set[str]:
+        """Names of the nodes that depend on `names`, also by control edges, themselves included."""
+        seen: set[str] = set()
+        stack = list(names)
+        while stack:
+            name = stack.pop()
+            if name not in seen:
+                seen.add(name)
+                stack.extend(self.users(name))
+        return seen
+
     def roots(self) -> list[str]:
         """The nodes that must survive: producers of results, and those in `keep`."""
         return [split(ref)[0] for ref in self.outputs.values()] + self.keep

@@ -53,7 +53,7 @@ def read_tfrecords(
     limit: int | None,
 ) -> tuple[Arrays, np.ndarray | None]:
     """Reads tf.Examples, as they are or parsed (see `tfopt.data.load`), and the feature that holds the labels."""
-    records = _records(source, limit)
+    records = tf_records(source, limit)
     first = examples.decode(source, records[0])
     serialized = examples.serialized_input(specs)
     if serialized is not None and (feature_spec or serialized not in first.features.feature):
@@ -87,7 +87,7 @@ def read_function(source: str, specs: Mapping[str, TensorSpec], limit: int | Non
             raise TfoptError(f"{source}: {type(error).__name__}: {examples.one_line(error)}") from error
 
 
-def _records(source: str, limit: int | None) -> list[bytes]:
+def tf_records(source: str, limit: int | None) -> list[bytes]:
     """Reads the records of the TFRecord files that match a glob, in the order of their names."""
     import tensorflow as tf
 

@@ -52,14 +52,14 @@ def run(model: Model, log: Log, sparse: str = "mask", keep_example_signature: bo
     for source, names in groups.items():
         try:
             parsers = _parsers(model.graph, source)
-            features = _features(model.graph, source, parsers)
+            _check_features(model.graph, source, parsers)
         except Refused as reason:
             log.refused["tf.Example", source] = str(reason)
             continue
         if keep_example_signature:
             source, names = _clone(model, source, names)
             parsers = _parsers(model.graph, source)
-        _replace(model, log, source, parsers, features, names, sparse)
+        _replace(model, log, source, parsers, names, sparse)
     if not log.applied:
         why = "; ".join(f"{node}: {reason}" for (_, node), reason in log.refused.items())
         raise TfoptError(
@@ -102,16 +102,15 @@ def _is_single(graph: Graph, source: str) -> bool:
     return not shape.unknown_rank and not shape.dim
 
 
-def _features(graph: Graph, source: str, parsers: list[str]) -> dict[str, Feature]:
-    found: dict[str, Feature] = {}
+def _check_features(graph: Graph, source: str, parsers: list[str]) -> None:
+    found: set[str] = set()
     for parser in parsers:
         for feature in parsed_features(graph, graph.nodes[parser]):
             if feature.kind == "ragged" and _is_single(graph, source):
                 raise Refused(f"feature {feature.name!r} is a ragged one of a single example")
             if feature.name in found:
                 raise Refused(f"feature {feature.name!r} is parsed twice")
-            found[feature.name] = feature
-    return found
+            found.add(feature.name)
 
 
 def _replace(
@@ -119,16 +118,15 @@ def _replace(
     log: Log,
     source: str,
     parsers: list[str],
-    features: dict[str, Feature],
     names: list[str],
     sparse: str,
 ) -> None:
     graph, single = model.graph, _is_single(model.graph, source)
     forms: dict[str, Form] = {}
-    unused = []
+    unused, needed = [], graph.reachable(graph.roots())
     for parser in parsers:
         for feature in parsed_features(graph, graph.nodes[parser]):
-            if not _is_used(graph, parser, feature):
+            if not _is_used(graph, parser, feature, needed):
                 unused.append(feature.name)
                 continue
             forms[feature.name] = _form(graph, parser, feature, sparse, single, log)
@@ -161,9 +159,8 @@ def _replace(
         log.notes.append(f"features that no output depends on, and clients no longer send: {', '.join(sorted(unused))}")
 
 
-def _is_used(graph: Graph, parser: str, feature: Feature) -> bool:
+def _is_used(graph: Graph, parser: str, feature: Feature, needed: set[str]) -> bool:
     ports = set(feature.ports.values())
-    needed = graph.reachable(graph.roots())
     return any(used in ports and user in needed for user, _, used in graph.uses(parser)) or any(
         split(ref)[0] == parser and split(ref)[1] in ports for ref in graph.outputs.values()
     )
@@ -244,10 +241,7 @@ def _clone(model: Model, source: str, names: list[str]) -> tuple[str, list[str]]
     graph = model.graph
     wanted = {k: ref for k, ref in graph.outputs.items() if k.split(":")[0] in names}
     needed = graph.reachable(split(ref)[0] for ref in wanted.values())
-    depends = {source}
-    for node in graph.topological():
-        if node.name in needed and any(split(ref)[0] in depends for ref in node.input):
-            depends.add(node.name)
+    depends = needed & graph.dependents([source]) | {source}
     copies = {name: graph.unique_name(f"compact/{name}") for name in depends}
     for node in [node for node in graph.topological() if node.name in depends]:
         clone = NodeDef()

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
-from tfopt.graph import Graph, Shape, infer_tensors, join, split
+from tfopt.graph import Shape, infer_tensors, join, split
 from tfopt.model import Model
 from tfopt.passes.fold_shapes import Entries
 from tfopt.rewrite import Log, Refused
@@ -66,7 +66,7 @@ class LateBroadcast:
         self.kinds = {**dict.fromkeys(once, ONCE), **dict.fromkeys(rows, BATCH)}
         self.tiled: dict[str, str] = {}
         self._open: set[str] = set()  # ONCE tensors of which another dimension may depend on the number of rows
-        self._varying = _downstream(self.graph, list(self.kinds))
+        self._varying = self.graph.dependents(list(self.kinds))
         self.worked_once: set[str] = set()
         self.symbols: dict[str, Entries] = {}
         trial = with_lookups_of_known_shape(self.graph)
@@ -277,15 +277,3 @@ class LateBroadcast:
         """The type of a tensor, of the original or new."""
         found = self.dtypes.get(join(*split(ref)))
         return found if found is not None else tf.as_dtype(self.graph.producer(ref).attr["T"].type)
-
-
-def _downstream(graph: Graph, names: Sequence[str]) -> set[str]:
-    """Names of the nodes that depend on some, themselves included."""
-    seen: set[str] = set()
-    stack = list(names)
-    while stack:
-        name = stack.pop()
-        if name not in seen:
-            seen.add(name)
-            stack.extend(graph.users(name))
-    return seen

@@ -12,7 +12,7 @@ import numpy as np
 
 from tfopt import data
 from tfopt.errors import TfoptError
-from tfopt.readers import _records
+from tfopt.readers import tf_records
 from tfopt.runtime import Signature
 from tfopt.serving.loadtest.engine import Check
 from tfopt.serving.loadtest.plan import REST, Request, Target
@@ -75,7 +75,7 @@ def holds_requests(source: str) -> bool:
     """Whether a source is a TFRecord file of PredictionLogs or PredictRequests, and not of tf.Examples."""
     if source.startswith("python:") or source.endswith(".npz"):
         return False
-    return _ready(_records(source, 1)[0]) is not None
+    return _ready(tf_records(source, 1)[0]) is not None
 
 
 def from_file(target: Target, source: str) -> list[Request]:
@@ -85,7 +85,7 @@ def from_file(target: Target, source: str) -> list[Request]:
       TfoptError: one of them is no request that can be sent over the protocol.
     """
     requests = []
-    for number, record in enumerate(_records(source, _MOST)):
+    for number, record in enumerate(tf_records(source, _MOST)):
         ready = _ready(record)
         if ready is None:
             raise TfoptError(f"{source}: record {number} is neither a PredictionLog nor a PredictRequest")
