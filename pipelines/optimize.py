@@ -120,6 +120,13 @@ flags.DEFINE_integer("threads", 2, "Threads of the runtimes that are measured.",
 flags.DEFINE_list("inputs", None, "Input tensors of a frozen GraphDef.")
 flags.DEFINE_list("outputs", None, "Output tensors of a frozen GraphDef.")
 flags.DEFINE_bool("allow_unsafe_deserialization", False, "Run code that a Keras file carries (Lambda layers).")
+flags.DEFINE_string(
+    "beam_args",
+    None,
+    "Read --representative_data for calibration, and --eval_data, on Apache Beam, all rows of them, with these flags "
+    "of its own in one string: --beam_args='--runner=DirectRunner --direct_running_mode=multi_processing "
+    "--direct_num_workers=2' (docs/beam.md). Empty: Beam with its defaults. Not given: in this process.",
+)
 flags.mark_flags_as_required(["model", "output_dir"])
 
 
@@ -172,6 +179,7 @@ def main(argv: Sequence[str]) -> int:
             inputs=names(FLAGS.inputs),
             outputs=names(FLAGS.outputs),
             allow_unsafe_deserialization=FLAGS.allow_unsafe_deserialization,
+            beam_args=FLAGS.beam_args,
             command=shlex.join(["tfopt-optimize", *sys.argv[1:]]),
         ),
     )

@@ -122,6 +122,13 @@ def test_bad_usage_leaves_nothing_behind(changed, message, built, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_missing_beam_is_one_line(built, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    with pytest.raises(TfoptError, match=r"^--beam_args needs apache-beam: pip install 'tfopt\[beam\]'$"):
+        optimize(built("shared_weights"), tmp_path / "out", options(beam_args="", representative_data="r.npz"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def _evaluation(path, rows_):
     images = rows(rows_, 8, 8, 1, seed=9)
     labels = answers(path, {"serving_default": {"image": images}})["serving_default"][0]["output_0"].argmax(1)

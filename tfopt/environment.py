@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from importlib import metadata
 from pathlib import Path
+
+from tfopt.errors import TfoptError
 
 _PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "litert-quantizer", "numpy")
 
@@ -27,3 +30,16 @@ def describe() -> dict[str, str]:
         if names:
             facts["processor"] = names[0]
     return facts
+
+
+def need_beam(flag: str) -> None:
+    """Raises where Apache Beam, which an extra brings, is not installed; does not import it, which takes seconds.
+
+    Args:
+      flag: what asks for it.
+
+    Raises:
+      TfoptError: it is missing.
+    """
+    if importlib.util.find_spec("apache_beam") is None:
+        raise TfoptError(f"{flag} needs apache-beam: pip install 'tfopt[beam]'")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from tfopt import distribution, emit, metrics, passes, recipe, runtime, sources
 from tfopt.assess import Assessment, assess
-from tfopt.environment import describe
+from tfopt.environment import describe, need_beam
 from tfopt.errors import TfoptError, one_line
 from tfopt.export import tflite
 from tfopt.model import Model
@@ -74,6 +74,7 @@ class Options:
     inputs: tuple[str, ...] | None = None
     outputs: tuple[str, ...] | None = None
     allow_unsafe_deserialization: bool = False
+    beam_args: str | None = None
     command: str = ""
 
 
@@ -373,6 +374,10 @@ def _check(options: Options, steps: recipe.Recipe) -> None:
         )
     if options.io_type not in tflite.IO_TYPES:
         raise TfoptError(f"--io_type: choose from {', '.join(tflite.IO_TYPES)}; received {options.io_type!r}")
+    if options.beam_args is not None:
+        need_beam("--beam_args")
+        if not options.representative_data and not options.eval_data:
+            raise TfoptError("--beam_args needs --representative_data or --eval_data: there are no rows to read")
     if options.runtime not in tflite.RUNTIMES:
         raise TfoptError(f"--runtime: choose from {', '.join(tflite.RUNTIMES)}; received {options.runtime!r}")
 

@@ -56,7 +56,7 @@ def test_every_flag_reaches_its_option(run, monkeypatch):
         "allow_unsafe_deserialization": True, "measure_latency": False, "labels": "t.npz", "minimize": "latency",
         "engine": "tfmot", "runtime": "tflite-2.14", "all_integer": True, "serving_tflite": True,
         "strategy": "mirrored", "checkpoint_dir": "c", "deployment": "name", "broadcast_inputs": "user_*,day",
-        "keep_example_signature": True,
+        "keep_example_signature": True, "beam_args": "--runner=DirectRunner",
     }  # fmt: skip
     arguments = [f"--{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in wanted.items()]
     run("--model=m", "--output_dir=o", "--verify=off", "--set=a.b=1", "--set=a.c=x", *arguments)
