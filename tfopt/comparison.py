@@ -5,26 +5,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from tfopt import cost, measure, metrics, runtime, sources
-from tfopt.data import STRING, Dataset, TensorSpec, batch_size, load, probes
+from tfopt import cost, measure, metrics, runtime
+from tfopt.counterparts import Asked, Counterparts, Inputs, opened
+from tfopt.data import STRING, Dataset, load, probes
 from tfopt.errors import TfoptError
 from tfopt.report import Metric
-from tfopt.serving import request
-from tfopt.serving.client_stub import client_steps
-from tfopt.serving.encode import encode
 from tfopt.verify import GUESSES, difference
 
 _ROWS = 8  # of random inputs
 _EVALUATION_BATCH = 32
 
-Inputs = Mapping[str, np.ndarray]
 Run = Callable[[int, Inputs], runtime.Outputs]  # (0 for A, 1 for B; inputs by the names of A)
 
 
@@ -137,147 +132,38 @@ def compare(
     """
     if metric not in metrics.METRICS:
         raise TfoptError(f"--metric: unknown {metric!r}; choose from {', '.join(metrics.METRICS)}")
-    with ExitStack() as stack:
-        paths, programs = [], []
-        for given in (a, b):
-            workdir = stack.enter_context(tempfile.TemporaryDirectory(prefix="tfopt-compare-"))
-            paths.append(_runnable(Path(given), workdir, allow_unsafe_deserialization))
-            programs.append(stack.enter_context(runtime.open(paths[-1], threads=threads)))
-        keys = _signatures(programs, signature)
-        ours, theirs = (p.signatures[key] for p, key in zip(programs, keys, strict=True))
-        notes = [] if keys[0] == keys[1] else [f"signature {keys[0]!r} of A is compared with {keys[1]!r} of B"]
-        steps = client_steps(paths[1], keys[1]) if ours.inputs.keys() != theirs.inputs.keys() else []
-        if steps:
-            notes.append(
-                "B is given rows of A, in the form that its clients make of them (assets.extra/signatures.json)"
-            )
-        taken = ours.inputs if steps else theirs.inputs
-        inputs = _pair(ours.inputs, taken, "input", notes)
-        missing = [n for n in ours.inputs if n not in inputs] + [n for n in taken if n not in inputs.values()]
-        if missing:
-            raise TfoptError(
-                f"the two take different inputs: A {_listed(ours.inputs)}; B {_listed(theirs.inputs)}; nothing fits "
-                f"{', '.join(map(repr, missing))}"
-            )
-        outputs = _pair(ours.outputs, theirs.outputs, "output", notes)
-        specs = {name: _common(spec, taken[inputs[name]]) for name, spec in ours.inputs.items()}
-        features = _features(paths, keys) if any(spec.dtype == STRING for spec in specs.values()) else None
+    with opened((a, b), "AB", signature, threads=threads, unsafe=allow_unsafe_deserialization) as both:
+        asked, programs, notes = both.asked, both.programs, list(both.notes)
 
         def run(side: int, rows: Inputs) -> runtime.Outputs:
-            if side == 0:
-                return programs[0].run(keys[0], rows)
-            renamed = {inputs[name]: array for name, array in rows.items()}
-            return request.call(steps, lambda arrays: programs[1].run(keys[1], arrays), renamed)
+            return asked[side].run(programs[side], rows)
 
-        dataset, results = _results(run, specs, data, seed, features, max(_batches(ours, theirs), _ROWS))
+        dataset, results = _results(run, both, data, seed)
         again = run(0, dataset.inputs)
         if any(not np.array_equal(again[n], v, equal_nan=v.dtype.kind == "f") for n, v in results[0].items()):
             notes.append("A answers otherwise when asked again (state or random numbers): first answers are compared")
-        pairs = [_compare(results, name, other) for name, other in outputs.items()]
-        pairs += [Output(n, "", problem="B has no such output") for n in ours.outputs if n not in outputs]
-        extra = [name for name in theirs.outputs if name not in outputs.values()]
-        notes += [f"output {name!r} of B has no counterpart in A" for name in extra]
-        sides = [Side(str(given), p.loader, key) for given, p, key in zip((a, b), programs, keys, strict=True)]
-        for side, path in zip(sides, paths, strict=True):
-            _cost(side, path, notes)
+        pairs = [_compare(results, name, other) for name, other in asked[1].outputs.items()]
+        pairs += [Output(n, "", problem="B has no such output") for n in asked[0].outputs if n not in asked[1].outputs]
+        notes += [f"output {name!r} of B has no counterpart in A" for name in both.extra[1]]
+        sides = [Side(str(given), p.loader, e.signature) for given, p, e in zip((a, b), programs, asked, strict=True)]
+        for side, each in zip(sides, asked, strict=True):
+            _cost(side, each.path, notes)
         if eval_data:
-            labelled = load(eval_data, specs, feature_spec=features, label=label)
-            _score(sides, programs, run, labelled, metric, eval_output, outputs)
+            labelled = load(eval_data, both.specs, feature_spec=both.features, label=label)
+            _score(sides, run, labelled, metric, eval_output, asked)
         if latency:
-            one = dataset.take(slice(0, _batches(ours, theirs))).inputs
-            theirs_one = encode(steps, {inputs[name]: array for name, array in one.items()})
-            _time(sides, paths, one, theirs_one, threads, notes)
+            _time(sides, asked, dataset.take(slice(0, both.batch)).inputs, threads, notes)
         return Comparison(sides[0], sides[1], pairs, dataset.source, len(dataset), notes)
 
 
-def _runnable(path: Path, workdir: str, unsafe: bool) -> Path:
-    """What the runtime can open: the artifact itself, or the SavedModel that it is converted to."""
-    if path.suffix.lower() == ".tflite" and path.is_file():
-        return path
-    return sources.as_saved_model(path, workdir=workdir, allow_unsafe_deserialization=unsafe)
-
-
-def _signatures(programs: list[runtime.Program], wanted: str | None) -> list[str]:
-    keys = [list(program.signatures) for program in programs]
-    if wanted is not None:
-        for program, have in zip(programs, keys, strict=True):
-            if wanted not in have:
-                raise TfoptError(f"{program.path} has no signature {wanted!r}; it has: {', '.join(have)}")
-        return [wanted, wanted]
-    both = [key for key in keys[0] if key in keys[1]]
-    if both:
-        return ["serving_default" if "serving_default" in both else both[0]] * 2
-    if len(keys[0]) == len(keys[1]) == 1:
-        return [keys[0][0], keys[1][0]]
-    raise TfoptError(f"no signature is in both: A has {', '.join(keys[0])}; B has {', '.join(keys[1])}")
-
-
-def _pair(
-    ours: Mapping[str, TensorSpec], theirs: Mapping[str, TensorSpec], what: str, notes: list[str]
-) -> dict[str, str]:
-    """Names of A -> names of B: equal names first, then what alone has a fitting dtype and shape, then in order."""
-    pairs = {name: name for name in ours if name in theirs}
-    left = [name for name in theirs if name not in pairs]
-    for name in ours:
-        fitting = [other for other in left if name not in pairs and _fits(ours[name], theirs[other])]
-        if fitting:
-            pairs[name] = fitting[0]
-            left.remove(fitting[0])
-            how = "the only one of its dtype and shape" if len(fitting) == 1 else "the first that fits"
-            notes.append(f"{what} {name!r} of A is taken for {fitting[0]!r} of B, {how}")
-    return pairs
-
-
-def _fits(a: TensorSpec, b: TensorSpec) -> bool:
-    if (a.dtype == STRING) != (b.dtype == STRING) or (a.dtype != STRING and np.dtype(a.dtype) != np.dtype(b.dtype)):
-        return False
-    if a.shape is None or b.shape is None:
-        return True
-    sizes = zip(a.shape[1:], b.shape[1:], strict=False)
-    return len(a.shape) == len(b.shape) and all(None in pair or pair[0] == pair[1] for pair in sizes)
-
-
-def _common(a: TensorSpec, b: TensorSpec) -> TensorSpec:
-    """The shape that fits both; batches of different size are cut by the runtime."""
-    if a.shape is None or b.shape is None or len(a.shape) != len(b.shape):
-        return a if a.shape is not None else b._replace(name=a.name)
-    dims = [x if x is not None else y for x, y in zip(a.shape, b.shape, strict=True)]
-    if dims and a.shape[0] != b.shape[0]:
-        dims[0] = None
-    return a._replace(shape=tuple(dims))
-
-
-def _batches(*signatures: runtime.Signature) -> int:
-    """The rows of the larger fixed batch; 1 where there is none."""
-    return max(batch_size(signature.inputs, 1) for signature in signatures)
-
-
-def _features(paths: list[Path], keys: list[str]) -> dict | None:
-    """The tf.Example features that A, or else B, parses."""
-    from tfopt.model import load as load_model
-    from tfopt.verify import features
-
-    for path, key in zip(paths, keys, strict=True):
-        if path.is_dir():
-            try:
-                found = features(load_model(path, [key]), key)
-            except TfoptError:
-                continue  # it runs, and that is all that is asked of it here
-            if found:
-                return found
-    return None
-
-
-def _results(
-    run: Run, specs: Mapping[str, TensorSpec], data: str | None, seed: int, features: dict | None, rows: int
-) -> tuple[Dataset, list[runtime.Outputs]]:
+def _results(run: Run, both: Counterparts, data: str | None, seed: int) -> tuple[Dataset, list[runtime.Outputs]]:
     """Inputs that both accept, and what they answer."""
     if data:
-        dataset = load(data, specs, feature_spec=features)
+        dataset = load(data, both.specs, feature_spec=both.features)
         return dataset, [run(0, dataset.inputs), run(1, dataset.inputs)]
     failure = None
     for guess in GUESSES:
-        dataset = probes(specs, seed, feature_spec=features, **{"rows": rows, **guess})
+        dataset = probes(both.specs, seed, feature_spec=both.features, **{"rows": max(both.batch, _ROWS), **guess})
         try:
             return dataset, [run(0, dataset.inputs), run(1, dataset.inputs)]
         except TfoptError as error:
@@ -286,7 +172,7 @@ def _results(
 
 
 def _compare(results: list[runtime.Outputs], a: str, b: str) -> Output:
-    ours, theirs = np.asarray(results[0][a]), np.asarray(results[1][b])
+    ours, theirs = np.asarray(results[0][a]), np.asarray(results[1][a])
     found = Output(a, b, ours.dtype.name if ours.dtype.kind != "O" else STRING, ours.shape)
     if ours.shape != theirs.shape:
         if ours.size != theirs.size:
@@ -307,7 +193,7 @@ def _error(output: Output) -> float:
     return float("inf") if wrong else output.max_rel_error or 0.0
 
 
-def _cost(side: Side, path: Path, notes: list[str]) -> None:
+def _cost(side: Side, path: str, notes: list[str]) -> None:
     side.bytes, side.gzip_bytes = measure.sizes(side.path)
     try:
         counted = cost.cost(path, side.signature)
@@ -318,40 +204,27 @@ def _cost(side: Side, path: Path, notes: list[str]) -> None:
 
 
 def _score(
-    sides: list[Side],
-    programs: list[runtime.Program],
-    run: Run,
-    labelled: Dataset,
-    metric: str,
-    eval_output: str | None,
-    outputs: Mapping[str, str],
+    sides: list[Side], run: Run, labelled: Dataset, metric: str, output: str | None, asked: Sequence[Asked]
 ) -> None:
-    for index, (side, program) in enumerate(zip(sides, programs, strict=True)):
-        specs = program.signatures[side.signature].inputs
-        rows = batch_size(specs, _EVALUATION_BATCH)
-        output = eval_output if index == 0 or eval_output is None else outputs.get(eval_output, eval_output)
+    for index, (side, each) in enumerate(zip(sides, asked, strict=True)):
         side.metric = metrics.evaluate(
             metric,
             functools.partial(run, index),
             labelled,
             output,
-            batch_size=rows,
-            pad=rows != _EVALUATION_BATCH,
+            batch_size=each.batch if each.batch > 1 else _EVALUATION_BATCH,
+            pad=each.batch > 1,
         )
 
 
-def _time(sides: list[Side], paths: list[Path], ours: Inputs, theirs: Inputs, threads: int, notes: list[str]) -> None:
+def _time(sides: list[Side], asked: Sequence[Asked], rows: Inputs, threads: int, notes: list[str]) -> None:
     """Latency of one request, A and B in turns."""
-    calls = {"A": (sides[0].signature, ours), "B": (sides[1].signature, theirs)}
-    named = dict(zip("AB", paths, strict=True))
-    times = measure.latency(named, sides[0].signature, ours, threads=threads, calls=calls)
+    calls = {name: (each.signature, each.encoded(rows)) for name, each in zip("AB", asked, strict=True)}
+    named = {name: each.path for name, each in zip("AB", asked, strict=True)}
+    times = measure.latency(named, asked[0].signature, rows, threads=threads, calls=calls)
     for side, name in zip(sides, "AB", strict=True):
         timed = times[name]
         if timed.error:
             notes.append(timed.error)
         side.latency_ms_p50, side.latency_ms_p95 = timed.p50_ms, timed.p95_ms
         side.peak_memory_bytes = timed.peak_memory_bytes
-
-
-def _listed(specs: Mapping[str, TensorSpec]) -> str:
-    return ", ".join(map(str, specs.values())) or "none"
