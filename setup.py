@@ -29,9 +29,13 @@ EXTRAS = {
         "hdrhistogram>=0.10.3,<0.10.4",
         "prometheus-client>=0.20,<1",
         "starlette>=0.40,<2",
-        "tensorflow-serving-api>=2.21,<2.22",
+        "tensorflow-serving-api>=2.19.1,<2.22",
         "uvicorn>=0.30,<1",
     ],
+    # Several processes or machines: evaluation, equivalence, calibration, batch inference (docs/beam.md).
+    "beam": ["apache-beam>=2.77,<2.78", "tensorflow-serving-api>=2.19.1,<2.22"],
+    # Wheels of ml-metadata need glibc >= 2.39; docs/tfx.md has the way for older ones.
+    "tfx": ["tensorflow-serving-api>=2.19.1,<2.22", "tfx>=1.21,<1.22"],
     "low_rank": ["tensorly>=0.10,<0.11"],  # Tucker and CP factors of convolutions; SVD needs none
     "digits": ["scikit-learn>=1.5,<2"],  # the data of pipelines/train_digits.py
 }
@@ -41,6 +45,7 @@ EXTRAS["test"] = [
     *EXTRAS["low_rank"],
     "mypy==2.4.1",
     "pytest>=8,<10",
+    "pytest-xdist>=3.6,<4",
     "pyyaml>=6,<7",
     "ruff==0.17.6",
 ]
