@@ -45,6 +45,7 @@ class Dataset:
         source: where they came from, for the report.
         whole: names of the inputs that have no row axis (see `whole_inputs`): every batch gets them unchanged.
         warnings: what a reader of the report should know about the data.
+        start: place of the first row in the source, from 0.
     """
 
     inputs: dict[str, np.ndarray]
@@ -52,6 +53,7 @@ class Dataset:
     source: str
     whole: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
+    start: int = 0
 
     def __len__(self) -> int:
         return next((len(array) for name, array in self.inputs.items() if name not in self.whole), 1)
@@ -60,7 +62,12 @@ class Dataset:
         """Returns the dataset of some rows."""
         inputs = {name: a if name in self.whole else a[rows] for name, a in self.inputs.items()}
         labels = None if self.labels is None else self.labels[rows]
-        return Dataset(inputs, labels, self.source, self.whole, self.warnings)
+        start = self.start + rows.indices(len(self))[0]
+        return Dataset(inputs, labels, self.source, self.whole, self.warnings, start)
+
+    def ids(self) -> list[str]:
+        """Returns what each row is called: its source, and its place there from 0."""
+        return [f"{self.source}[{row}]" for row in range(self.start, self.start + len(self))]
 
     def batches(self, size: int) -> Iterator[dict[str, np.ndarray]]:
         """Yields the inputs `size` rows at a time; the last batch may be shorter."""
