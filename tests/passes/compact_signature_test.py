@@ -292,6 +292,23 @@ def test_what_a_run_refuses(plain_module, tmp_path, options, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_it_cannot_do_without_ends_the_run(tmp_path):
+    module = tf.Module()
+    spec = {"a": tf.io.VarLenFeature(tf.float32)}
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
+    def total(examples):
+        summed = tf.reduce_sum(tf.io.parse_example(examples, spec)["a"].values)
+        return {"y": tf.fill(tf.shape(examples), summed)}
+
+    module.f = total
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures=module.f)
+    asked = Options(recipe="compact_signature", set=("compact_signature.sparse=row_splits",), tflite=())
+    with pytest.raises(TfoptError, match="the number of rows is asked for, and no input has one row for each example"):
+        optimize(tmp_path / "m", tmp_path / "out", asked)
+    assert not (tmp_path / "out").exists()
+
+
 def test_some_features_are_sent_once(model_path, tmp_path):
     data = examples.write(tmp_path / "rows.tfrecord", examples.rows(9))
     chosen = Options(

@@ -40,7 +40,7 @@ def run(model: Model, log: Log, sparse: str = "mask", keep_example_signature: bo
       keep_example_signature: whether the old signature stays, and the new one is called `<name>_compact`.
 
     Raises:
-      TfoptError: no signature takes examples that the graph parses.
+      TfoptError: no signature takes examples that the graph parses, or one does, and cannot do without them.
     """
     if sparse not in _SPARSE:
         raise TfoptError(f"compact_signature: sparse must be one of {', '.join(_SPARSE)}; received {sparse!r}")
@@ -59,7 +59,10 @@ def run(model: Model, log: Log, sparse: str = "mask", keep_example_signature: bo
         if keep_example_signature:
             source, names = _clone(model, source, names)
             parsers = _parsers(model.graph, source)
-        _replace(model, log, source, parsers, names, sparse)
+        try:
+            _replace(model, log, source, parsers, names, sparse)
+        except Refused as reason:  # found while the graph was edited: it cannot be left out any more
+            raise TfoptError(f"compact_signature: {source}: {reason}") from reason
     if not log.applied:
         why = "; ".join(f"{node}: {reason}" for (_, node), reason in log.refused.items())
         raise TfoptError(
