@@ -58,6 +58,15 @@ def test_what_is_wrong_ends_in_one_line(text, message, tmp_path):
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_json_text_is_what_its_file_is(tmp_path):
+    text = '{"name": "mine", "passes": ["prune_graph"], "tflite": ["float16"]}'
+    (tmp_path / "other.json").write_text(text)
+    assert recipe.read(text) == recipe.read(str(tmp_path / "other.json")) and recipe.read(text).name == "mine"
+    assert recipe.read('["prune_graph"]').name == "custom"
+    with pytest.raises(TfoptError, match="is not JSON"):
+        recipe.read('["prune_graph"')
+
+
 def test_unknown_names_and_missing_files(tmp_path):
     with pytest.raises(TfoptError, match=r"unknown recipe 'losless': choose from none, lossless, .* or give a .json"):
         recipe.read("losless")

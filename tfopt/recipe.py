@@ -100,19 +100,20 @@ def read(source: str) -> Recipe:
     """Reads a recipe, and checks that every pass exists, has the options given, and stands where it may.
 
     Args:
-      source: the name of one that ships with tfopt, or a JSON file: `{"name": ..., "passes": ["prune_graph",
-        {"pass": "fold_constants", "max_growth_bytes": 0}], "tflite": ["int8"]}`, or just the list of passes.
+      source: the name of one that ships with tfopt, a JSON file, or the JSON itself: `{"name": ..., "passes":
+        ["prune_graph", {"pass": "fold_constants", "max_growth_bytes": 0}], "tflite": ["int8"]}`, or just the list of
+        passes.
 
     Raises:
       TfoptError: one line that names the recipe, the pass and what is wrong.
     """
     if source in NAMED:
         return parse(NAMED[source]["passes"], source, NAMED[source].get("tflite"))
-    path = Path(source)
-    if path.suffix != ".json":
-        raise TfoptError(f"unknown recipe {source!r}: choose from {', '.join(NAMED)}, or give a .json file")
+    path = None if source.lstrip().startswith(("[", "{")) else Path(source)
+    if path is not None and path.suffix != ".json":
+        raise TfoptError(f"unknown recipe {source!r}: choose from {', '.join(NAMED)}, or give a .json file, or JSON")
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(source if path is None else path.read_text())
     except OSError as error:
         raise TfoptError(f"recipe {source}: cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -125,7 +126,7 @@ def read(source: str) -> Recipe:
     files = data.get("tflite")
     if files is not None and not (isinstance(files, list) and all(isinstance(name, str) for name in files)):
         raise TfoptError(f"recipe {source}: 'tflite' must be a list of names, received {files!r}")
-    return parse(data["passes"], str(data.get("name", path.stem)), files)
+    return parse(data["passes"], str(data.get("name", path.stem if path else "custom")), files)
 
 
 def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:

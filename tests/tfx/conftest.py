@@ -1,0 +1,93 @@
+"""Fixtures of the TFX tests: a pipeline of a few components on SQLite MLMD, and what MLMD says about it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@dataclasses.dataclass
+class Local:
+    """Runs pipelines in a folder, and reads their MLMD."""
+
+    root: Path
+
+    @property
+    def config(self) -> Any:
+        from tfx.orchestration import metadata
+
+        return metadata.sqlite_metadata_connection_config(str(self.root / "metadata.db"))
+
+    def run(self, *components: Any, beam_args: list[str] | None = None, **parameters: Any) -> None:
+        """Runs the components, which are given in any order."""
+        from tfx.orchestration import pipeline
+        from tfx.orchestration.local.local_dag_runner import LocalDagRunner
+
+        made = pipeline.Pipeline(
+            pipeline_name="test",
+            pipeline_root=str(self.root / "root"),
+            components=list(components),
+            enable_cache=True,
+            metadata_connection_config=self.config,
+            beam_pipeline_args=beam_args,
+        )
+        LocalDagRunner().run(made, **parameters)
+
+    def store(self) -> Any:
+        from ml_metadata import MetadataStore
+
+        return MetadataStore(self.config)
+
+    def last(self, channel: Any) -> dict[str, Any]:
+        """The properties, custom ones too, and the uri of the last artifact of a channel."""
+        store = self.store()
+        artifacts = [
+            artifact
+            for artifact in store.get_artifacts_by_type(channel.type.TYPE_NAME)
+            if f"/{channel.producer_component_id}/{channel.output_key}/" in artifact.uri
+        ]
+        artifact = max(artifacts, key=lambda each: each.id)
+        values = {**artifact.properties, **artifact.custom_properties}
+        return {
+            **{name: getattr(value, value.WhichOneof("value")) for name, value in values.items()},
+            "uri": Path(artifact.uri),
+        }
+
+    def executions(self) -> dict[str, list[str]]:
+        """Component -> the states of its executions, in order."""
+        from ml_metadata.proto import metadata_store_pb2 as proto
+
+        store, found = self.store(), {}
+        for kind in store.get_execution_types():
+            for execution in store.get_executions_by_type(kind.name):
+                state = proto.Execution.State.Name(execution.last_known_state)
+                found.setdefault(kind.name.rsplit(".", 1)[-1], []).append(state)
+        return found
+
+    def message(self, component: str) -> str:
+        """What MLMD says about the last execution of a component that failed."""
+        store = self.store()
+        (kind,) = (kind for kind in store.get_execution_types() if kind.name.endswith(component))
+        last = max(store.get_executions_by_type(kind.name), key=lambda each: each.id)
+        return last.custom_properties["__execution_result__"].string_value
+
+
+@pytest.fixture
+def local(tmp_path) -> Local:
+    return Local(tmp_path)
+
+
+@pytest.fixture
+def importer():
+    """A function that imports a directory as an artifact: importer(path, type, id, **properties)."""
+    from tfx.dsl.components.common.importer import Importer
+    from tfx.types import standard_artifacts
+
+    def make(path: Path, kind: str = "Model", name: str | None = None, **properties: Any) -> Any:
+        node = Importer(str(path), getattr(standard_artifacts, kind), properties=properties or None)
+        return node.with_id(name or f"import_{kind.lower()}").outputs["result"]
+
+    return make

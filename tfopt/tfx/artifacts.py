@@ -1,0 +1,201 @@
+"""What tfopt reads and writes as TFX artifacts: where a model lies, and what MLMD is told about a run."""
+
+from __future__ import annotations
+
+import contextlib
+import posixpath
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar
+
+from absl import logging
+from tfx.dsl.io import fileio
+from tfx.proto.orchestration.execution_result_pb2 import ExecutionResult, ExecutorOutput
+from tfx.types import artifact_utils
+from tfx.types.artifact import Artifact, Property, PropertyType
+from tfx.utils import io_utils, path_constants
+
+from tfopt.errors import TfoptError, printable
+from tfopt.report import Report
+
+_MODEL = "saved_model.pb"
+_OLD_SERVING = "serving_model_dir"  # before TFX 0.29
+_INVALID_ARGUMENT = 3  # google.rpc.Code; any code but 0 fails the execution
+
+Value = str | int | float
+
+
+class OptimizationReport(Artifact):
+    """report.json and report.html of a run of tfopt, with what matters most as properties.
+
+    Properties; what was not measured is not set:
+      tfopt_version: of the run.
+      recipe: its name.
+      original_bytes, optimized_bytes: all files of the Serving model, before and after.
+      original_gzip_bytes, optimized_gzip_bytes: the same, gzipped.
+      original_latency_ms_p50, optimized_latency_ms_p50: median of a request of one row, in milliseconds.
+      metric: its name; original_metric, optimized_metric: its values over `samples` rows of the eval split.
+      max_abs_error: largest absolute difference of the optimized model's outputs to the original's.
+      rejected: "name: reason" of every artifact that was not emitted, joined by "; ".
+      warnings: how many the report has.
+      kept_original: 1 where the optimized model was rejected, and the original stands in its place.
+    """
+
+    TYPE_NAME = "OptimizationReport"
+    PROPERTIES: ClassVar = {
+        **{name: Property(type=PropertyType.STRING) for name in ("tfopt_version", "recipe", "metric", "rejected")},
+        **{
+            name: Property(type=PropertyType.INT)
+            for name in (
+                *("original_bytes", "optimized_bytes", "original_gzip_bytes", "optimized_gzip_bytes"),
+                *("samples", "warnings", "kept_original"),
+            )
+        },
+        **{
+            name: Property(type=PropertyType.FLOAT)
+            for name in (
+                *("original_latency_ms_p50", "optimized_latency_ms_p50"),
+                *("original_metric", "optimized_metric", "max_abs_error"),
+            )
+        },
+    }
+
+
+def version() -> str:
+    """The version of tfopt; as a parameter of a component it keeps TFX from taking another version's results again."""
+    return metadata.version("tfopt")
+
+
+def properties(report: Report) -> dict[str, Value]:
+    """What MLMD is told about a run; the names are those of `OptimizationReport`."""
+    found: dict[str, Any] = {
+        "tfopt_version": version(),
+        "recipe": report.recipe.get("name", ""),
+        "rejected": "; ".join(f"{a.name}: {a.rejected}" for a in report.artifacts if a.rejected),
+        "warnings": len(report.warnings),
+    }
+    by_name = {a.name: a for a in report.artifacts}
+    for prefix, name in (("original", "original"), ("optimized", "serving")):
+        if (artifact := by_name.get(name)) is None:
+            continue
+        found[f"{prefix}_bytes"], found[f"{prefix}_gzip_bytes"] = artifact.bytes, artifact.gzip_bytes
+        found[f"{prefix}_latency_ms_p50"] = artifact.latency_ms_p50
+        if artifact.accuracy is not None:
+            found |= {"metric": artifact.accuracy.name, "samples": artifact.accuracy.samples}
+            found[f"{prefix}_metric"] = artifact.accuracy.value
+        if name == "serving":
+            found["max_abs_error"] = artifact.max_abs_error
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def set_custom_properties(artifact: Artifact, values: Mapping[str, Value]) -> None:
+    """Sets custom properties by the type of each value."""
+    setters = {
+        int: artifact.set_int_custom_property,
+        float: artifact.set_float_custom_property,
+        str: artifact.set_string_custom_property,
+    }
+    for name, value in values.items():
+        setters[type(value)](name, value)
+
+
+def serving_model(artifact: Artifact) -> str:
+    """Returns the SavedModel directory of a Model artifact.
+
+    Where it may lie: `Format-Serving/` as the Trainer writes it, `serving_model_dir/` and
+    `serving_model_dir/export/<name>/<time>/` of old TFX, the artifact's directory itself, or the highest version number
+    below it, as TensorFlow Serving takes it.
+
+    Raises:
+      TfoptError: there is none.
+    """
+    uri = artifact.uri.rstrip("/")
+    tried = [posixpath.join(uri, path_constants.SERVING_MODEL_DIR), posixpath.join(uri, _OLD_SERVING), uri]
+    export = posixpath.join(uri, _OLD_SERVING, "export")
+    tried += [path for name in _folders(export) for path in _versions(posixpath.join(export, name))]
+    tried += _versions(tried[0]) + _versions(uri)
+    for path in tried:
+        if fileio.exists(posixpath.join(path, _MODEL)):
+            return path
+    holds = ", ".join(_folders(uri)) or "no directory"
+    raise TfoptError(
+        f"{uri}: no {_MODEL} in it, in Format-Serving/, {_OLD_SERVING}/ or a version directory; it holds {holds}"
+    )
+
+
+def tflite_files(artifact: Artifact) -> list[str]:
+    """The paths of the .tflite files of a Model artifact, by name; none is no error."""
+    found = [
+        posixpath.join(folder, name)
+        for folder, _, names in fileio.walk(artifact.uri)
+        for name in names
+        if name.endswith(".tflite")
+    ]
+    return sorted(found)
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[str]:
+    """A local directory for what is made before it goes to its artifact; TMPDIR says where."""
+    with tempfile.TemporaryDirectory(prefix="tfopt-") as folder:
+        yield folder
+
+
+def local(path: str, folder: str) -> str:
+    """The directory or file itself where it is on this machine, or else its copy below `folder`."""
+    if Path(path).exists():
+        return path
+    copied = posixpath.join(folder, "copied", posixpath.basename(path.rstrip("/")))
+    if fileio.isdir(path):
+        io_utils.copy_dir(path, copied)
+    else:
+        io_utils.copy_file(path, copied, overwrite=True)
+    return copied
+
+
+def single(artifacts: Mapping[str, Sequence[Artifact]], name: str) -> Artifact | None:
+    """The one artifact of an input or output; None where the channel was not given."""
+    given = artifacts.get(name)
+    if not given:
+        return None
+    if len(given) > 1:
+        raise TfoptError(f"{name}: wants one artifact, received {len(given)}; choose one by a Resolver")
+    return artifact_utils.get_single_instance(list(given))
+
+
+def outcome(executor: Any, work: Callable[[], None]) -> ExecutorOutput | None:
+    """Runs the work of an executor, and gives a TfoptError to whoever can tell the owner of the pipeline.
+
+    The launcher of TFX writes a failed result with its message into MLMD, which it does not do with an exception. Other
+    orchestrators ignore results, so that there only an exception fails the component.
+
+    Args:
+      executor: a BaseExecutor.
+      work: may raise TfoptError.
+    """
+    try:
+        work()
+    except TfoptError as error:
+        line = printable(" ".join(str(error).split()))
+        context = executor._context
+        if context is None or context.pipeline_node is None:
+            raise TfoptError(line) from error
+        logging.error("%s", line)
+        return ExecutorOutput(execution_result=ExecutionResult(code=_INVALID_ARGUMENT, result_message=line))
+    return None
+
+
+def _folders(path: str) -> list[str]:
+    """The names of the directories of a directory; none where it is none."""
+    if not fileio.isdir(path):
+        return []
+    names = (name.rstrip("/") for name in fileio.listdir(path))
+    return sorted(name for name in names if fileio.isdir(posixpath.join(path, name)))
+
+
+def _versions(path: str) -> list[str]:
+    """The version directories below a directory, the latest first."""
+    numbers = [name for name in _folders(path) if name.isdigit()]
+    return [posixpath.join(path, name) for name in sorted(numbers, key=int, reverse=True)]
