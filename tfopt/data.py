@@ -45,7 +45,7 @@ class Dataset:
         source: where they came from, for the report.
         whole: names of the inputs that have no row axis (see `whole_inputs`): every batch gets them unchanged.
         warnings: what a reader of the report should know about the data.
-        start: place of the first row in the source, from 0.
+        start: number of the first row in the source, from 0.
     """
 
     inputs: dict[str, np.ndarray]
@@ -64,10 +64,6 @@ class Dataset:
         labels = None if self.labels is None else self.labels[rows]
         start = self.start + rows.indices(len(self))[0]
         return Dataset(inputs, labels, self.source, self.whole, self.warnings, start)
-
-    def ids(self) -> list[str]:
-        """Returns what each row is called: its source, and its place there from 0."""
-        return [f"{self.source}[{row}]" for row in range(self.start, self.start + len(self))]
 
     def batches(self, size: int) -> Iterator[dict[str, np.ndarray]]:
         """Yields the inputs `size` rows at a time; the last batch may be shorter."""
@@ -133,9 +129,8 @@ def load(
         labels = arrays.get(label) if label in specs else arrays.pop(label, None)
     else:
         arrays, labels = readers.read_tfrecords(source, specs, feature_spec, label, limit)
-    if labels is None and label != "label":
-        raise TfoptError(f"{source}: wants labels called '{label}', received {_names(arrays) or 'nothing'}")
-    return _fit(source, arrays, labels, specs, limit)
+    require_labels(source, arrays, labels, label)
+    return fit(source, arrays, labels, specs, limit)
 
 
 def probes(
@@ -184,12 +179,19 @@ def probes(
     return Dataset(inputs, None, f"random inputs, seed {seed}", whole_inputs(specs))
 
 
-def _fit(
+def require_labels(source: str, arrays: Mapping[str, Any], labels: np.ndarray | None, label: str) -> None:
+    """Raises where labels were asked for by a name, and there are none."""
+    if labels is None and label != "label":
+        raise TfoptError(f"{source}: wants labels called '{label}', received {_names(arrays) or 'nothing'}")
+
+
+def fit(
     source: str,
     arrays: dict[str, np.ndarray],
     labels: np.ndarray | None,
     specs: Mapping[str, TensorSpec],
-    limit: int | None,
+    limit: int | None = None,
+    start: int = 0,
 ) -> Dataset:
     """Checks names, row counts, shapes and values; casts; returns what the signature can be fed."""
     missing = [str(spec) for name, spec in specs.items() if name not in arrays]
@@ -217,7 +219,7 @@ def _fit(
         if axis:
             counts[f"'{name}'"] = len(array)
             array = array[:limit]
-        if (bad := _non_finite(array)) is not None:
+        if (bad := _non_finite(array, start)) is not None:
             warnings.append(f"{source}: input '{name}' holds NaN or infinity in {bad}")
         inputs[name] = array
     if labels is not None:
@@ -226,14 +228,14 @@ def _fit(
             raise TfoptError(f"{source}: labels must have one row per row of the inputs, received a single value")
         counts["the labels"] = len(labels)
         labels = labels[:limit]
-        if (bad := _non_finite(labels)) is not None:
+        if (bad := _non_finite(labels, start)) is not None:
             raise TfoptError(f"{source}: the labels hold NaN or infinity in {bad}")
     if len(set(counts.values())) > 1:
         received = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise TfoptError(f"{source}: wants as many rows everywhere, received {received}")
     if 0 in counts.values():
         raise TfoptError(f"{source}: holds no rows")
-    return Dataset(inputs, labels, source, whole, tuple(sorted(warnings)))
+    return Dataset(inputs, labels, source, whole, tuple(sorted(warnings)), start)
 
 
 def _cast(source: str, array: np.ndarray, spec: TensorSpec) -> np.ndarray:
@@ -264,14 +266,14 @@ def _cast(source: str, array: np.ndarray, spec: TensorSpec) -> np.ndarray:
     return cast
 
 
-def _non_finite(array: np.ndarray) -> str | None:
+def _non_finite(array: np.ndarray, start: int) -> str | None:
     """Returns where a float array is not finite, in words, or None."""
     if not array.size or not (_is_float(array.dtype) or array.dtype.kind == "c"):
         return None
     finite = np.isfinite(array).reshape(len(array) if array.ndim else 1, -1).all(axis=1)
     if finite.all():
         return None
-    return f"{np.count_nonzero(~finite)} of {len(finite)} rows (the first is row {np.argmin(finite)})"
+    return f"{np.count_nonzero(~finite)} of {len(finite)} rows (the first is row {start + int(np.argmin(finite))})"
 
 
 def _names(names: Iterable[str]) -> str:

@@ -91,18 +91,21 @@ def as_rows(source: str, name: str, value: Any, shape: Sequence[int | None] | No
     return array
 
 
-def label_column(source: str, records: Sequence[bytes], label: str) -> np.ndarray | None:
-    """Returns the feature that holds the labels, (rows,) or (rows, values); None where the records have none."""
+def label_feature(held: Any, label: str) -> dict[str, Any]:
+    """Returns what parses the labels: as many values a record as the first holds; empty where it holds none.
+
+    Args:
+        held: the features of the first record, a tf.train.Features.feature map.
+        label: the name of the feature.
+    """
     import tensorflow as tf
 
-    features = decode(source, records[0]).features.feature
-    kind = features[label].WhichOneof("kind") if label in features else None
+    kind = held[label].WhichOneof("kind") if label in held else None
     if kind is None:
-        return None
+        return {}
     dtype = next(name for name, value in _LISTS.items() if value == kind)
-    count = len(getattr(features[label], kind).value)
-    shape = [] if count == 1 else [count]
-    return parse(source, records, {label: tf.io.FixedLenFeature(shape, dtype)})[label].numpy()
+    count = len(getattr(held[label], kind).value)
+    return {label: tf.io.FixedLenFeature([] if count == 1 else [count], dtype)}
 
 
 def one_line(error: BaseException) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,56 @@ def read_npz(source: str) -> Arrays:
     return arrays
 
 
+@dataclass(frozen=True)
+class ExampleFormat:
+    """How records that are tf.Examples become arrays; found once, from the first record, for all of a source.
+
+    Attributes:
+        features: what each input is parsed by; empty where the records are fed as they are.
+        serialized: the input that takes the records as they are, or None.
+        checked: features that the model parses itself, which the records must fit.
+        label: what the labels are parsed by, under their name; empty where there are none.
+    """
+
+    source: str
+    specs: Mapping[str, TensorSpec]
+    features: Mapping[str, Any]
+    serialized: str | None
+    checked: Mapping[str, Any]
+    label: Mapping[str, Any]
+    one_row_a_record = True
+
+    def rows(self, records: Iterable[bytes]) -> Iterable[Any]:
+        """The rows of records: a tf.Example is one."""
+        return records
+
+    def arrays(self, rows: Sequence[Any]) -> tuple[Arrays, np.ndarray | None]:
+        """Returns arrays by input, and the labels: (rows,) or (rows, values)."""
+        if self.checked:
+            examples.parse(self.source, rows, self.checked)
+        if self.serialized is not None:
+            arrays = {self.serialized: np.array(rows, dtype=object)}
+        else:
+            parsed = examples.parse(self.source, rows, self.features)
+            arrays = {n: examples.as_rows(self.source, n, v, self.specs[n].shape) for n, v in parsed.items()}
+        labels = examples.parse(self.source, rows, self.label) if self.label else {}
+        return arrays, next((tensor.numpy() for tensor in labels.values()), None)
+
+
+def example_format(
+    source: str, first: bytes, specs: Mapping[str, TensorSpec], feature_spec: Mapping[str, Any] | None, label: str
+) -> ExampleFormat:
+    """Decides by the first record how all of a source are read (see `tfopt.data.load`)."""
+    held = examples.decode(source, first).features.feature
+    serialized = examples.serialized_input(specs)
+    if serialized is not None and not feature_spec and serialized in held:
+        serialized = None
+    known = feature_spec or {}
+    features = {} if serialized else {n: known.get(n) or examples.feature_of(source, s) for n, s in specs.items()}
+    checked = known if serialized else {}  # what the model itself would stumble over
+    return ExampleFormat(source, specs, features, serialized, checked, examples.label_feature(held, label))
+
+
 def read_tfrecords(
     source: str,
     specs: Mapping[str, TensorSpec],
@@ -54,18 +106,7 @@ def read_tfrecords(
 ) -> tuple[Arrays, np.ndarray | None]:
     """Reads tf.Examples, as they are or parsed (see `tfopt.data.load`), and the feature that holds the labels."""
     records = tf_records(source, limit)
-    first = examples.decode(source, records[0])
-    serialized = examples.serialized_input(specs)
-    if serialized is not None and (feature_spec or serialized not in first.features.feature):
-        if feature_spec:  # what the model itself would stumble over
-            examples.parse(source, records, feature_spec)
-        arrays: Arrays = {serialized: np.array(records, dtype=object)}
-    else:
-        known = feature_spec or {}
-        features = {n: known.get(n) or examples.feature_of(source, spec) for n, spec in specs.items()}
-        parsed = examples.parse(source, records, features)
-        arrays = {n: examples.as_rows(source, n, value, specs[n].shape) for n, value in parsed.items()}
-    return arrays, examples.label_column(source, records, label)
+    return example_format(source, records[0], specs, feature_spec, label).arrays(records)
 
 
 def read_function(source: str, specs: Mapping[str, TensorSpec], limit: int | None) -> tuple[Arrays, np.ndarray | None]:
@@ -89,27 +130,55 @@ def read_function(source: str, specs: Mapping[str, TensorSpec], limit: int | Non
 
 def tf_records(source: str, limit: int | None) -> list[bytes]:
     """Reads the records of the TFRecord files that match a glob, in the order of their names."""
+    records = list(itertools.islice(itertools.chain.from_iterable(map(records_of, record_files(source))), limit))
+    if not records:
+        raise TfoptError(f"{source}: holds no rows")
+    return records
+
+
+def record_files(source: str) -> list[str]:
+    """Returns the files that match a glob, in the order of their names."""
     import tensorflow as tf
 
     files = sorted(tf.io.gfile.glob(source))
     if not files:
         raise TfoptError(f"{source}: no file matches")
-    records: list[bytes] = []
     for file in files:
         if tf.io.gfile.isdir(file):
             raise TfoptError(f"{source}: {file} is a directory: name its files, such as '{file.rstrip('/')}/*'")
-        try:
-            with tf.io.gfile.GFile(file, "rb") as stream:
-                compression = "GZIP" if stream.read(2) == b"\x1f\x8b" else ""
-            for record in tf.data.TFRecordDataset(file, compression_type=compression).as_numpy_iterator():
-                records.append(record)
-                if len(records) == limit:
-                    return records
-        except tf.errors.OpError as error:
-            raise TfoptError(f"{file}: not a TFRecord file, or a damaged one: {examples.one_line(error)}") from error
-    if not records:
-        raise TfoptError(f"{source}: holds no rows")
-    return records
+    return files
+
+
+def records_of(file: str, offset: int = 0) -> Iterator[bytes]:
+    """Reads the records of one TFRecord file, gzipped or not.
+
+    Args:
+        file: its path.
+        offset: byte at which the first record begins; of a file that is not gzipped.
+    """
+    import tensorflow as tf
+
+    try:
+        compression = "GZIP" if is_gzip(file) else ""
+        if offset:
+            variant = tf.raw_ops.TFRecordDatasetV2(
+                filenames=[file], compression_type=compression, buffer_size=1 << 18, byte_offsets=[offset]
+            )
+            dataset = tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string))
+        else:
+            dataset = tf.data.TFRecordDataset(file, compression_type=compression)
+        for records in dataset.batch(64).as_numpy_iterator():
+            yield from records
+    except tf.errors.OpError as error:
+        raise TfoptError(f"{file}: not a TFRecord file, or a damaged one: {examples.one_line(error)}") from error
+
+
+def is_gzip(file: str) -> bool:
+    """Whether a file begins as gzip does."""
+    import tensorflow as tf
+
+    with tf.io.gfile.GFile(file, "rb") as stream:
+        return bool(stream.read(2) == b"\x1f\x8b")
 
 
 def _gather(

@@ -1,0 +1,106 @@
+"""An artifact, SavedModel or .tflite file, behind Beam's RunInference.
+
+    batches | RunInference(ProgramHandler("saved_models/digits", "serving_default"))
+
+Elements are batches (`tfopt.data.Dataset`), which reach the runtime as they are: Beam's own batches depend on how a
+runner cuts its bundles, and the last bits of an output may depend on the rows that are computed with it. With the
+batches of `rows.ReadRows` the outputs are, bit for bit, those of the same artifact in one process with the same
+number of threads on the same kind of machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.ml.inference.base import ModelHandler, PredictionResult
+
+from tfopt import inference, runtime
+from tfopt.data import Dataset
+from tfopt.errors import TfoptError
+
+THREADS = 1  # of one artifact's runtime: a runner keeps the cores busy with processes
+
+
+class LockedProgram:
+    """An opened artifact that the threads of a process can share.
+
+    LiteRT's interpreter holds one set of tensors, so one call at a time runs on it. A SavedModel takes as many as come.
+    """
+
+    def __init__(self, path: str, threads: int | None = THREADS, loader: str | None = None):
+        self.program = runtime.open(local_copy(path), threads, loader)
+        self._lock = threading.Lock() if self.program.loader in (runtime.LITERT, runtime.PLAIN) else None
+
+    def __call__(self, signature: str, batch: Dataset) -> runtime.Outputs:
+        """Runs a signature on a batch (see `tfopt.inference.call`)."""
+        if self._lock is None:
+            return inference.call(self.program, signature, batch)
+        with self._lock:
+            return inference.call(self.program, signature, batch)
+
+
+class ProgramHandler(ModelHandler[Dataset, PredictionResult, LockedProgram]):
+    """Runs a signature of an artifact; gives a PredictionResult for each batch: the batch, and outputs by name."""
+
+    def __init__(self, path: str, signature: str, threads: int | None = THREADS):
+        """Takes what can be pickled; the artifact is opened by `load_model`, once in a process.
+
+        Args:
+          path: a SavedModel directory or .tflite file, which a worker can reach; remote ones are copied first.
+          signature: its name.
+          threads: of the runtime. Outputs may depend on it in their last bits.
+        """
+        super().__init__()
+        self._path = str(path)
+        self._signature = signature
+        self._threads = threads
+
+    def load_model(self) -> LockedProgram:
+        """Opens the artifact."""
+        return LockedProgram(self._path, self._threads)
+
+    def run_inference(
+        self, batch: Any, model: LockedProgram, inference_args: Mapping[str, Any] | None = None
+    ) -> Iterable[PredictionResult]:
+        """Runs one batch."""
+        yield PredictionResult(batch, model(self._signature, batch), self._path)
+
+    def should_skip_batching(self) -> bool:
+        """Elements are batches."""
+        return True
+
+    def get_num_bytes(self, batch: Any) -> int:
+        """Bytes of the inputs, for Beam's metrics; those of strings are not counted."""
+        return sum(array.nbytes for array in batch.inputs.values())
+
+    def get_metrics_namespace(self) -> str:
+        """Under which Beam's metrics stand."""
+        return "tfopt"
+
+
+@functools.cache
+def local_copy(path: str) -> str:
+    """The path itself, or where a copy of a remote artifact lies; copied once in a process."""
+    if "://" not in path:
+        if not Path(path).exists():
+            raise TfoptError(f"{path}: not there on the worker: put the artifact where every worker can read it")
+        return path
+    root = path.rstrip("/")
+    copy = Path(tempfile.mkdtemp(prefix="tfopt-artifact-"), root.rpartition("/")[2])
+    found = FileSystems.match([f"{root}/**", root])
+    files = {meta.path for matched in found for meta in matched.metadata_list}
+    if not files:
+        raise TfoptError(f"{path}: no such SavedModel directory or .tflite file")
+    for file in files:
+        target = copy / file[len(root) :].lstrip("/")  # the copy itself, where the artifact is one file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileSystems.open(file) as source, target.open("wb") as stream:
+            shutil.copyfileobj(source, stream, 1 << 24)
+    return str(copy)

@@ -1,0 +1,45 @@
+"""Batch inference: an artifact over all rows of a source, to TFRecords."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tfopt import runtime
+from tfopt.data import Dataset, batch_size
+from tfopt.errors import TfoptError
+
+
+def call(program: runtime.Program, signature: str, batch: Dataset, size: int | None = None) -> runtime.Outputs:
+    """Runs a signature on a batch, also one that is smaller than the signature's fixed batch.
+
+    Args:
+      program: an opened artifact.
+      signature: its name.
+      batch: rows as the signature takes them.
+      size: fill the batch up to so many rows with copies of its last; None only where the signature has a fixed batch.
+
+    Returns:
+      The outputs, without what was filled up. An output that has no row for each row of input is given as it is.
+    """
+    rows = len(batch)
+    wanted = size or batch_size(program.signatures[signature].inputs, rows)
+    inputs = batch.inputs
+    if rows < wanted:
+        pick = np.minimum(np.arange(wanted), rows - 1)
+        inputs = {name: array if name in batch.whole else array[pick] for name, array in inputs.items()}
+    outputs = program.run(signature, inputs)
+    if rows < wanted:
+        outputs = {name: a[:rows] if a.ndim and len(a) == wanted else a for name, a in outputs.items()}
+    return outputs
+
+
+def check_signature(program: runtime.Program, signature: str | None) -> str:
+    """The signature that is meant: serving_default, or the only one, where none is named."""
+    have = list(program.signatures)
+    if signature is None:
+        if "serving_default" in have or len(have) == 1:
+            return "serving_default" if "serving_default" in have else have[0]
+        raise TfoptError(f"{program.path}: --signature: name one of {', '.join(have)}")
+    if signature not in have:
+        raise TfoptError(f"{program.path} has no signature '{signature}'; it has: {', '.join(have)}")
+    return signature
