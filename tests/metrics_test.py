@@ -17,6 +17,10 @@ CLASSES = RANDOM.integers(0, 12, 1000)
 LOGITS = RANDOM.standard_normal((1000, 12))
 
 
+def value(name, scores, labels):
+    return metrics.score(name, scores, labels).value
+
+
 def softmax(x):
     e = np.exp(x - x.max(axis=1, keepdims=True))
     return e / e.sum(axis=1, keepdims=True)
@@ -28,24 +32,26 @@ def softmax(x):
 def test_auc_is_that_of_scikit_learn_with_ties_and_without(decimals, shape, dtype):
     scores = np.round(LABELS * 0.7 + RANDOM.standard_normal(1000), decimals).astype(dtype)
     given = {"column": scores[:, None], "vector": scores, "two columns": np.stack([-scores, scores], axis=1)}[shape]
-    assert metrics.auc(given, LABELS) == pytest.approx(sklearn.roc_auc_score(LABELS, scores), abs=1e-12)
+    assert value("auc", given, LABELS) == pytest.approx(sklearn.roc_auc_score(LABELS, scores), abs=1e-12)
 
 
 def test_auc_by_hand():
-    assert metrics.auc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([0, 0, 1, 1])) == 0.75
-    assert metrics.auc(np.ones(4), np.array([0, 0, 1, 1])) == 0.5
+    assert value("auc", np.array([0.1, 0.4, 0.35, 0.8]), np.array([0, 0, 1, 1])) == 0.75
+    assert value("auc", np.ones(4), np.array([0, 0, 1, 1])) == 0.5
     with pytest.raises(TfoptError, match="both classes"):
-        metrics.auc(np.ones(4), np.ones(4))
+        value("auc", np.ones(4), np.ones(4))
 
 
 @pytest.mark.parametrize("labels", [CLASSES, CLASSES[:, None], CLASSES.astype(np.float32), np.eye(12)[CLASSES]])
 @pytest.mark.parametrize("scores", [LOGITS, LOGITS[:, None, None, :], softmax(LOGITS).astype(np.float32)])
 def test_class_metrics_are_those_of_scikit_learn(scores, labels):
     predicted = LOGITS.argmax(axis=1)
-    assert metrics.accuracy(scores, labels) == sklearn.accuracy_score(CLASSES, predicted)
-    assert metrics.top5(scores, labels) == sklearn.top_k_accuracy_score(CLASSES, LOGITS, k=5)
-    assert metrics.f1(scores, labels) == pytest.approx(sklearn.f1_score(CLASSES, predicted, average="macro"), abs=1e-12)
-    assert metrics.logloss(scores, labels) == pytest.approx(sklearn.log_loss(CLASSES, softmax(LOGITS)), rel=1e-6)
+    assert value("accuracy", scores, labels) == sklearn.accuracy_score(CLASSES, predicted)
+    assert value("top5", scores, labels) == sklearn.top_k_accuracy_score(CLASSES, LOGITS, k=5)
+    assert value("f1", scores, labels) == pytest.approx(
+        sklearn.f1_score(CLASSES, predicted, average="macro"), abs=1e-12
+    )
+    assert value("logloss", scores, labels) == pytest.approx(sklearn.log_loss(CLASSES, softmax(LOGITS)), rel=1e-6)
 
 
 @pytest.mark.parametrize("logits", [True, False])
@@ -53,33 +59,33 @@ def test_a_single_column_is_a_probability_or_a_logit(logits):
     x = RANDOM.standard_normal(1000) + LABELS
     p = 1 / (1 + np.exp(-x))
     scores = (x if logits else p)[:, None]
-    assert metrics.accuracy(scores, LABELS) == np.mean((p > 0.5) == LABELS)
-    assert metrics.f1(scores, LABELS) == pytest.approx(sklearn.f1_score(LABELS, p > 0.5), abs=1e-12)
-    assert metrics.logloss(scores, LABELS) == pytest.approx(sklearn.log_loss(LABELS, p), abs=1e-12)
+    assert value("accuracy", scores, LABELS) == np.mean((p > 0.5) == LABELS)
+    assert value("f1", scores, LABELS) == pytest.approx(sklearn.f1_score(LABELS, p > 0.5), abs=1e-12)
+    assert value("logloss", scores, LABELS) == pytest.approx(sklearn.log_loss(LABELS, p), abs=1e-12)
 
 
 def test_class_ids_are_compared_and_quantized_columns_refused():
-    assert metrics.accuracy(np.array([[3], [1]], np.int64), np.array([3, 2])) == 0.5
+    assert value("accuracy", np.array([[3], [1]], np.int64), np.array([3, 2])) == 0.5
     with pytest.raises(TfoptError, match="quantized int8"):
-        metrics.accuracy(np.array([[3], [1]], np.int8), np.array([1, 0]))
+        value("accuracy", np.array([[3], [1]], np.int8), np.array([1, 0]))
 
 
 def test_the_steps_of_a_sequence_count():
     scores = np.eye(3)[np.array([[0, 1], [2, 2]])]
-    assert metrics.accuracy(scores, np.array([[0, 1], [2, 0]])) == 0.75
+    assert value("accuracy", scores, np.array([[0, 1], [2, 0]])) == 0.75
 
 
 def test_equal_scores_do_not_make_top5_perfect():
-    assert metrics.top5(np.zeros((10, 10)), np.arange(10)) == 0.5
+    assert value("top5", np.zeros((10, 10)), np.arange(10)) == 0.5
 
 
 def test_regression_metrics_never_broadcast():
     scores, labels = np.array([[1.0], [2.0], [4.0]]), np.array([1.0, 0.0, 1.0])
-    assert metrics.mse(scores, labels) == pytest.approx(13 / 3)
-    assert metrics.rmse(scores, labels) == pytest.approx(np.sqrt(13 / 3))
-    assert metrics.mae(scores, labels) == pytest.approx(5 / 3)
+    assert value("mse", scores, labels) == pytest.approx(13 / 3)
+    assert value("rmse", scores, labels) == pytest.approx(np.sqrt(13 / 3))
+    assert value("mae", scores, labels) == pytest.approx(5 / 3)
     with pytest.raises(TfoptError, match=r"\(3, 2\) and \(3, 3\)"):
-        metrics.mse(np.zeros((3, 2)), np.zeros((3, 3)))
+        value("mse", np.zeros((3, 2)), np.zeros((3, 3)))
 
 
 @pytest.mark.parametrize("name", metrics.METRICS)

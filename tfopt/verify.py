@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tfopt import composite
 from tfopt.data import Dataset, TensorSpec, batch_size, load, probes
+from tfopt.equivalence import BOUNDS
 from tfopt.errors import TfoptError
 from tfopt.feature_spec import feature_spec
 from tfopt.function import Function
@@ -19,12 +20,6 @@ from tfopt.inline import tensor_names
 from tfopt.model import Model
 from tfopt.random_inputs import Draw
 from tfopt.serving import request
-
-# Bound on max|a - b| / max|a| by the dtype of the output. What is no float must be equal.
-BOUNDS = {
-    **{"float64": 1e-4, "float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3},
-    **{"complex128": 1e-4, "complex64": 1e-4},
-}
 
 _ROWS = 3  # random rows: enough to show a batch that leaks, few enough for large models
 _DATA_ROWS = 16  # real rows
