@@ -111,7 +111,7 @@ def test_outputs_that_do_not_fit(linear, tmp_path):
     tf.saved_model.save(wide, str(tmp_path / "wide"), {"serving_default": wide.serve})
     found = compare(linear, tmp_path / "wide", latency=False)
     problems = {output.a: output.problem for output in found.outputs}
-    assert problems == {"scores": "A gave [8, 3], B gave [8, 8]", "class": "B has no such output"}
+    assert problems == {"scores": "A gave float32[rows, 3], B gave float32[rows, 8]", "class": "B has no such output"}
     assert found.max_error == float("inf")
     assert "output 'more' of B has no counterpart in A" in found.notes
 

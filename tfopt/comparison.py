@@ -5,22 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from tfopt import cost, measure, metrics, runtime
+from tfopt import batches, cost, equivalence, evaluation, measure, metrics
 from tfopt.counterparts import Asked, Counterparts, Inputs, opened
-from tfopt.data import STRING, Dataset, load, probes
+from tfopt.data import STRING, Dataset, probes
 from tfopt.errors import TfoptError
 from tfopt.report import Metric
-from tfopt.verify import GUESSES, difference
+from tfopt.side_by_side import Job, Seen, filled
+from tfopt.verify import GUESSES
 
 _ROWS = 8  # of random inputs
-_EVALUATION_BATCH = 32
-
-Run = Callable[[int, Inputs], runtime.Outputs]  # (0 for A, 1 for B; inputs by the names of A)
 
 
 @dataclasses.dataclass
@@ -110,6 +108,7 @@ def compare(
     seed: int = 0,
     latency: bool = True,
     threads: int = 2,
+    beam_args: str | None = None,
     allow_unsafe_deserialization: bool = False,
 ) -> Comparison:
     """Compares B with A.
@@ -125,6 +124,7 @@ def compare(
       seed: of random inputs.
       latency: measure latency and memory, each artifact in a process of its own, in turns.
       threads: of the runtimes.
+      beam_args: reads `data` and `eval_data` on Beam, with these options of it; None reads them here.
       allow_unsafe_deserialization: run code that a Keras file carries.
 
     Raises:
@@ -133,58 +133,73 @@ def compare(
     if metric not in metrics.METRICS:
         raise TfoptError(f"--metric: unknown {metric!r}; choose from {', '.join(metrics.METRICS)}")
     with opened((a, b), "AB", signature, threads=threads, unsafe=allow_unsafe_deserialization) as both:
-        asked, programs, notes = both.asked, both.programs, list(both.notes)
-
-        def run(side: int, rows: Inputs) -> runtime.Outputs:
-            return asked[side].run(programs[side], rows)
-
-        dataset, results = _results(run, both, data, seed)
-        again = run(0, dataset.inputs)
-        if any(not np.array_equal(again[n], v, equal_nan=v.dtype.kind == "f") for n, v in results[0].items()):
+        asked, notes = both.asked, list(both.notes)
+        job = evaluation.job_of(both, [metric] if eval_data else [], eval_output)
+        rows = functools.partial(evaluation.look, both, beam_args=beam_args, threads=threads)
+        apart = dataclasses.replace(job, metrics=())
+        if data is None:
+            first, seen = _random(apart, both, seed)
+        else:
+            first = next(iter(batches.cut(data, both.specs, size=job.least, feature_spec=both.features)))
+            seen = rows(apart, data) if beam_args is None else Seen(apart)
+        answers = [asked[0].run(both.programs[0], filled(first, job.least)) for _ in range(2)]
+        if any(not np.array_equal(answers[0][n], v, equal_nan=v.dtype.kind == "f") for n, v in answers[1].items()):
             notes.append("A answers otherwise when asked again (state or random numbers): first answers are compared")
-        pairs = [_compare(results, name, other) for name, other in asked[1].outputs.items()]
-        pairs += [Output(n, "", problem="B has no such output") for n in asked[0].outputs if n not in asked[1].outputs]
+        if data and beam_args is not None:
+            seen = rows(apart, data)
+        if seen.failures:
+            raise TfoptError(seen.failures[1])
+        pairs = [
+            _output(name, asked[1].outputs.get(name, ""), each, seen.rows, answers[0][name].shape)
+            for name, each in seen.equivalences[1].outputs.items()
+        ]
         notes += [f"output {name!r} of B has no counterpart in A" for name in both.extra[1]]
-        sides = [Side(str(given), p.loader, e.signature) for given, p, e in zip((a, b), programs, asked, strict=True)]
+        loaders = [program.loader for program in both.programs]
+        sides = [Side(str(p), loader, each.signature) for p, loader, each in zip((a, b), loaders, asked, strict=True)]
         for side, each in zip(sides, asked, strict=True):
             _cost(side, each.path, notes)
         if eval_data:
-            labelled = load(eval_data, both.specs, feature_spec=both.features, label=label)
-            _score(sides, run, labelled, metric, eval_output, asked)
+            scored = evaluation.results(job, rows(job, eval_data, label=label), "AB")
+            for side, result in zip(sides, scored, strict=True):
+                if result.failure:
+                    raise TfoptError(result.failure)
+                side.metric = result.metrics[metric]
         if latency:
-            _time(sides, asked, dataset.take(slice(0, both.batch)).inputs, threads, notes)
-        return Comparison(sides[0], sides[1], pairs, dataset.source, len(dataset), notes)
+            _time(sides, asked, first.take(slice(0, job.least)).inputs, threads, notes)
+        return Comparison(sides[0], sides[1], pairs, first.source, seen.rows, notes)
 
 
-def _results(run: Run, both: Counterparts, data: str | None, seed: int) -> tuple[Dataset, list[runtime.Outputs]]:
-    """Inputs that both accept, and what they answer."""
-    if data:
-        dataset = load(data, both.specs, feature_spec=both.features)
-        return dataset, [run(0, dataset.inputs), run(1, dataset.inputs)]
+def _random(job: Job, both: Counterparts, seed: int) -> tuple[Dataset, Seen]:
+    """Random inputs that both accept, and what was seen on them."""
     failure = None
     for guess in GUESSES:
-        dataset = probes(both.specs, seed, feature_spec=both.features, **{"rows": max(both.batch, _ROWS), **guess})
+        rows = {"rows": max(job.least, _ROWS), **guess}
         try:
-            return dataset, [run(0, dataset.inputs), run(1, dataset.inputs)]
+            dataset = probes(both.specs, seed, feature_spec=both.features, **rows)
+            seen = Seen(job)
+            seen.add(job, both.programs, dataset)
+            if not seen.failures:
+                return dataset, seen
+            failure = failure or TfoptError(seen.failures[1])
         except TfoptError as error:
             failure = failure or error
     raise TfoptError(f"{failure} (on random inputs; give --data)")
 
 
-def _compare(results: list[runtime.Outputs], a: str, b: str) -> Output:
-    ours, theirs = np.asarray(results[0][a]), np.asarray(results[1][a])
-    found = Output(a, b, ours.dtype.name if ours.dtype.kind != "O" else STRING, ours.shape)
-    if ours.shape != theirs.shape:
-        if ours.size != theirs.size:
-            found.problem = f"A gave {list(ours.shape)}, B gave {list(theirs.shape)}"
-            return found
-        theirs = theirs.reshape(ours.shape)
-    if ours.dtype.kind not in "fV":
-        found.equal = float(np.mean(ours == theirs)) if ours.size else 1.0
-        return found
-    apart = difference({a: ours}, {a: theirs.astype(ours.dtype)})
-    found.max_abs_error, found.max_rel_error = apart.absolute, apart.relative
-    found.agreement = metrics.agreement(theirs, ours)
+def _output(name: str, other: str, apart: equivalence.Output, rows: int, shape: tuple[int, ...]) -> Output:
+    """How one output is apart; `shape` is that of a batch of A."""
+    dtype = STRING if apart.dtype == "object" else apart.dtype
+    found = Output(name, other, dtype, (rows, *shape[1:]) if shape else ())
+    if apart.missing:
+        found.problem = "B has no such output"
+    elif apart.changed:
+        ours, _, theirs = apart.changed[0].partition(" to ")
+        found.problem = f"A gave {ours}, B gave {theirs}"
+    elif apart.dtype not in equivalence.BOUNDS:
+        found.equal = 1 - apart.unequal / apart.elements if apart.elements else 1.0
+    else:
+        found.max_abs_error, found.max_rel_error = apart.absolute, apart.relative
+        found.agreement = apart.agreement
     return found
 
 
@@ -201,20 +216,6 @@ def _cost(side: Side, path: str, notes: list[str]) -> None:
         notes += [note for note in counted.notes if note not in notes]
     except TfoptError as error:
         notes.append(f"parameters and FLOPs could not be counted: {error}")
-
-
-def _score(
-    sides: list[Side], run: Run, labelled: Dataset, metric: str, output: str | None, asked: Sequence[Asked]
-) -> None:
-    for index, (side, each) in enumerate(zip(sides, asked, strict=True)):
-        side.metric = metrics.evaluate(
-            metric,
-            functools.partial(run, index),
-            labelled,
-            output,
-            batch_size=each.batch if each.batch > 1 else _EVALUATION_BATCH,
-            pad=each.batch > 1,
-        )
 
 
 def _time(sides: list[Side], asked: Sequence[Asked], rows: Inputs, threads: int, notes: list[str]) -> None:

@@ -61,6 +61,7 @@ class Counterparts:
       features: the tf.Example features that A, or else another, parses.
       notes: what was assumed, in words.
       extra: for each artifact, its outputs that A has not.
+      running: what closes the programs.
     """
 
     asked: list[Asked]
@@ -69,6 +70,11 @@ class Counterparts:
     features: dict | None
     notes: list[str] = field(default_factory=list)
     extra: list[list[str]] = field(default_factory=list)
+    running: ExitStack = field(default_factory=ExitStack)
+
+    def close(self) -> None:
+        """Closes the programs, where other processes open the artifacts again."""
+        self.running.close()
 
     @property
     def batch(self) -> int:
@@ -97,15 +103,16 @@ def opened(
     Raises:
       TfoptError: an artifact is missing or damaged, or does not fit the first.
     """
-    with ExitStack() as stack:
+    with ExitStack() as folders, ExitStack() as running:
         found, programs = [], []
         for given in paths:
-            workdir = stack.enter_context(TemporaryDirectory(prefix="tfopt-opened-"))
+            workdir = folders.enter_context(TemporaryDirectory(prefix="tfopt-opened-"))
             found.append(_runnable(Path(given), workdir, unsafe))
-            programs.append(stack.enter_context(runtime.open(found[-1], threads=threads)))
+            programs.append(running.enter_context(runtime.open(found[-1], threads=threads)))
         keys = _signatures(programs, names, signature)
         signatures = [program.signatures[key] for program, key in zip(programs, keys, strict=True)]
-        together = Counterparts([], programs, dict(signatures[0].inputs), _features(found, keys, signatures[0].inputs))
+        features = _features(found, keys, signatures[0].inputs)
+        together = Counterparts([], programs, dict(signatures[0].inputs), features, running=running)
         for index, (path, key, theirs) in enumerate(zip(found, keys, signatures, strict=True)):
             _add(together, path, key, signatures[0], theirs, (names[0], names[index]), keys[0])
         yield together
