@@ -1,0 +1,298 @@
+"""Trains, optimizes, validates and pushes a model by TFX: CsvExampleGen to Pusher and DevicePusher.
+
+Example:
+  python -m pipelines.tfx_pipeline --data_root=DIR_OF_CSV --pipeline_root=/tmp/taxi/root \
+    --metadata=/tmp/taxi/metadata.db --serving_dir=/tmp/taxi/serving --device_dir=/tmp/taxi/device \
+    --tflite=dynamic_int8 --max_accuracy_drop=0.01
+
+Exit codes: 0; 1 where the model is not blessed, so that nothing is pushed; 2 bad usage or input, or a component failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags, logging
+
+from pipelines import taxi_trainer
+from tfopt import isolate
+from tfopt.errors import TfoptError, one_line
+
+NAME = "taxi"
+# From tf.Examples to one input a feature: a device has no tf.Examples, nor LiteRT an op that reads them.
+RECIPE = [
+    "prune_graph",
+    "fold_constants",
+    "compact_signature",
+    {"pass": "client_lookups", "inputs": "*"},
+    "fold_affine",
+    "merge_duplicates",
+    "prune_graph",
+]
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("data_root", None, "Folder of CSV files.", required=True)
+flags.DEFINE_string("pipeline_root", None, "Folder of what the components make.", required=True)
+flags.DEFINE_string("metadata", None, "SQLite file of ML Metadata; made where it is missing.")
+flags.DEFINE_string("serving_dir", None, "Where the Pusher pushes the serving model to.", required=True)
+flags.DEFINE_string("device_dir", None, "Where the DevicePusher pushes the TFLite files to.", required=True)
+flags.DEFINE_string("module_file", None, "File of run_fn, instead of pipelines/taxi_trainer.py.")
+flags.DEFINE_integer("train_steps", 400, "Batches to train on.", lower_bound=1)
+flags.DEFINE_string("label", None, "Column of the labels; where not given, tips of more than 20% of the fare: big_tip.")
+flags.DEFINE_string("metric", "auc", "Scores the original and the optimized models: accuracy, auc, rmse, ...")
+flags.DEFINE_string("recipe", None, "Named recipe, JSON or .json file, instead of one of this script.")
+flags.DEFINE_list("tflite", ["dynamic_int8"], "TFLite files for devices; none where empty.")
+flags.DEFINE_enum("verify", "on", ["on", "off"], "Compare outputs before and after each pass.")
+flags.DEFINE_float("max_accuracy_drop", 0.01, "Bar: --metric may be worse than the original's by so much.")
+flags.DEFINE_float("max_error", None, "Bar: largest error of the serving model, over the scale of the output.")
+flags.DEFINE_string("beam_args", None, "Arguments of Beam, such as --beam_args='--runner=DirectRunner ...'.")
+flags.DEFINE_string("compile_to", None, "Write this .json or .yaml for Kubeflow Pipelines or Vertex, and run nothing.")
+flags.DEFINE_string("image", None, "Container image that holds tfopt[tfx], for --compile_to.")
+
+
+def create_pipeline(
+    *,
+    data_root: str,
+    pipeline_root: str,
+    serving_dir: str,
+    device_dir: str,
+    metadata: str | None = None,
+    module_file: str | None = None,
+    train_steps: int = 400,
+    label: str | None = None,
+    metric: str = "auc",
+    recipe: str | list[Any] | None = None,
+    tflite: Sequence[str] = ("dynamic_int8",),
+    verify: bool = True,
+    bars: dict[str, float] | None = None,
+    beam_args: str | None = None,
+) -> Any:
+    """Makes the pipeline.
+
+    Args:
+      data_root: folder of CSV files, as `CsvExampleGen` reads them.
+      pipeline_root: folder of the artifacts.
+      serving_dir: the Pusher makes versions in it.
+      device_dir: the DevicePusher does so.
+      metadata: SQLite file; None leaves metadata to the orchestrator.
+      module_file: of the Trainer.
+      train_steps: batches.
+      label: column of the CSV; None adds `big_tip` to Chicago's taxi trips.
+      metric: of `tfopt.metrics.METRICS`.
+      recipe: a name, JSON, or a .json file; None takes `RECIPE`.
+      tflite: names of files for devices.
+      verify: check each pass.
+      bars: of the `OptimizationValidator`.
+      beam_args: for all components that run on Beam.
+
+    Returns:
+      A tfx.orchestration.pipeline.Pipeline.
+    """
+    from tfopt.tfx.optimization_validator import OptimizationValidator
+    from tfx.components.example_gen.csv_example_gen.component import CsvExampleGen
+    from tfx.components.pusher.component import Pusher
+    from tfx.components.schema_gen.component import SchemaGen
+    from tfx.components.statistics_gen.component import StatisticsGen
+    from tfx.components.trainer.component import Trainer
+    from tfx.orchestration import pipeline
+    from tfx.orchestration.metadata import sqlite_metadata_connection_config
+    from tfx.proto import pusher_pb2, trainer_pb2
+
+    from pipelines.taxi_examples import TaxiExampleGen, csv_files
+    from tfopt.tfx.device_pusher import DevicePusher
+    from tfopt.tfx.optimizer import Optimizer
+
+    example_gen = CsvExampleGen(data_root, csv_files()) if label else TaxiExampleGen(data_root)
+    examples = example_gen.outputs["examples"]
+    statistics_gen = StatisticsGen(examples=examples)
+    schema_gen = SchemaGen(statistics=statistics_gen.outputs["statistics"])
+    trainer = Trainer(
+        examples=examples,
+        schema=schema_gen.outputs["schema"],
+        train_args=trainer_pb2.TrainArgs(num_steps=train_steps),
+        eval_args=trainer_pb2.EvalArgs(),
+        **({"module_file": module_file} if module_file else _own_trainer()),
+    )
+    optimizer = Optimizer(
+        model=trainer.outputs["model"],
+        examples=examples,
+        recipe=RECIPE if recipe is None else recipe,
+        options={
+            "label": label or taxi_trainer.LABEL,
+            "metric": metric,
+            "tflite": list(tflite),
+            "verify": verify,
+            "keep_example_signature": False,  # a TFLite file holds all signatures
+        },
+    )
+    validator = OptimizationValidator(
+        model=trainer.outputs["model"],
+        optimized_model=optimizer.outputs["optimized_model"],
+        tflite_model=optimizer.outputs["tflite_model"],
+        examples=examples,
+        bars=bars or {},
+    )
+    blessing = validator.outputs["blessing"]
+    filesystem = pusher_pb2.PushDestination.Filesystem(base_directory=serving_dir)
+    pusher = Pusher(
+        model=optimizer.outputs["optimized_model"],
+        model_blessing=blessing,
+        push_destination=pusher_pb2.PushDestination(filesystem=filesystem),
+    )
+    device_pusher = DevicePusher(
+        tflite_model=optimizer.outputs["tflite_model"], blessing=blessing, push_destination=device_dir
+    )
+    return pipeline.Pipeline(
+        pipeline_name=NAME,
+        pipeline_root=pipeline_root,
+        components=[
+            *(example_gen, statistics_gen, schema_gen, trainer),
+            *(optimizer, validator, pusher, device_pusher),
+        ],
+        enable_cache=True,
+        metadata_connection_config=sqlite_metadata_connection_config(metadata) if metadata else None,
+        beam_pipeline_args=shlex.split(beam_args) if beam_args else None,
+    )
+
+
+def _own_trainer() -> dict[str, Any]:
+    """The Trainer's arguments for the module of this package, which need not be packed; TFX caches by the hash."""
+    source = Path(taxi_trainer.__file__).read_bytes()
+    return {
+        "run_fn": f"{taxi_trainer.__name__}.run_fn",
+        "custom_config": {"sha256": hashlib.sha256(source).hexdigest()},
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Turns flags into a pipeline, runs or compiles it, and tells what came of it."""
+    if argv[1:]:
+        raise TfoptError(f"tfx_pipeline takes flags only; received {' '.join(argv[1:])}")
+    if FLAGS.compile_to:
+        return _compile()
+    if FLAGS.metadata is None:
+        raise TfoptError("give --metadata, the SQLite file of ML Metadata")
+    if not list(Path(FLAGS.data_root).glob("*.csv")):
+        raise TfoptError(f"--data_root={FLAGS.data_root}: no .csv file in this folder")
+    if FLAGS.module_file and not Path(FLAGS.module_file).is_file():
+        raise TfoptError(f"--module_file={FLAGS.module_file}: no such file")
+    _need_tfx()
+    from tfx.orchestration.local.local_dag_runner import LocalDagRunner
+
+    from tfopt.tfx import lineage
+
+    Path(FLAGS.metadata).absolute().parent.mkdir(parents=True, exist_ok=True)
+    pipeline = _from_flags(_absolute, metadata=str(Path(FLAGS.metadata).absolute()))
+    failure = None
+    try:
+        with _output_to_stderr():
+            LocalDagRunner().run(pipeline)
+    except Exception as error:  # of any component
+        logging.debug("a component failed", exc_info=True)
+        failure = error
+    run = lineage.last_run(FLAGS.metadata, NAME)
+    if failure is not None:
+        failed = [each for each in run.executions.values() if each.state == "FAILED"]
+        where = f"{failed[-1].component} failed: " if failed else ""
+        raise TfoptError(f"{where}{type(failure).__name__}: {one_line(failure)} (--verbosity=1 shows where)")
+    print(summary(run), end="")
+    return 0 if blessing(run).properties.get("blessed") else 1
+
+
+def _from_flags(place: Callable[[str], str], **others: Any) -> Any:
+    """The pipeline of the flags; `place` is applied to its folders."""
+    bars = {name: FLAGS[name].value for name in ("max_accuracy_drop", "max_error")}
+    return create_pipeline(
+        data_root=place(FLAGS.data_root),
+        pipeline_root=place(FLAGS.pipeline_root),
+        serving_dir=place(FLAGS.serving_dir),
+        device_dir=place(FLAGS.device_dir),
+        module_file=FLAGS.module_file,
+        train_steps=FLAGS.train_steps,
+        label=FLAGS.label,
+        metric=FLAGS.metric,
+        recipe=FLAGS.recipe,
+        tflite=FLAGS.tflite,
+        verify=FLAGS.verify == "on",
+        bars={name: value for name, value in bars.items() if value is not None},
+        beam_args=FLAGS.beam_args,
+        **others,
+    )
+
+
+def _compile() -> int:
+    """Writes the pipeline for Kubeflow Pipelines or Vertex."""
+    if not FLAGS.compile_to.endswith((".json", ".yaml")):
+        raise TfoptError(f"--compile_to={FLAGS.compile_to}: the name must end in .json or .yaml")
+    if not FLAGS.image:
+        raise TfoptError("--compile_to needs --image, a container image that holds tfopt[tfx]")
+    _need_tfx()
+    from tfopt.tfx import ir
+
+    ir.compile_pipeline(_from_flags(str), FLAGS.compile_to, FLAGS.image)
+    print(f"{FLAGS.compile_to}: for Kubeflow Pipelines and Vertex")
+    return 0
+
+
+def blessing(run: Any) -> Any:
+    """The ModelBlessing among the artifacts of a run (see `tfopt.tfx.lineage.last_run`)."""
+    return next(run.artifacts[number] for number in run.roots if run.artifacts[number].type == "ModelBlessing")
+
+
+def summary(run: Any) -> str:
+    """What ran and what came from the cache, the blessing with its reasons, and where models were pushed."""
+    lines = []
+    for each in run.executions.values():
+        lines.append(f"{each.component:<{24}}{'cached' if each.state == 'CACHED' else 'ran':<8}execution {each.id}")
+    facts = blessing(run).properties
+    lines += ["", "blessed" if facts.get("blessed") else "NOT BLESSED"]
+    lines += [f"  {name} = {value}" for name, value in facts.items() if name != "blessed"]
+    lines.append("")
+    for each in run.executions.values():
+        for name, number in each.outputs:
+            if name == "pushed_model":
+                properties = run.artifacts[number].properties
+                place = properties.get("pushed_destination") if properties.get("pushed") else "nothing was pushed"
+                lines.append(f"{each.component}: {place}")
+    return "\n".join(lines) + "\n"
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path(path).absolute())
+
+
+def _need_tfx() -> None:
+    if importlib.util.find_spec("tfx") is None:
+        raise TfoptError("the pipeline needs TFX: pip install 'tfopt[tfx]'")
+
+
+@contextlib.contextmanager
+def _output_to_stderr() -> Iterator[None]:
+    """Sends what components and their processes print to standard error: standard output is for the summary."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def run() -> None:
+    """Entry point of `python -m pipelines.tfx_pipeline`."""
+    isolate.run(main)
+
+
+if __name__ == "__main__":
+    run()
