@@ -101,6 +101,12 @@ def set_custom_properties(artifact: Artifact, values: Mapping[str, Value]) -> No
         setters[type(value)](name, value)
 
 
+def custom_properties(artifact: Artifact) -> dict[str, Any]:
+    """The custom properties of an artifact, as Python values."""
+    values = artifact.mlmd_artifact.custom_properties
+    return {name: getattr(value, value.WhichOneof("value")) for name, value in values.items()}
+
+
 def serving_model(artifact: Artifact) -> str:
     """Returns the SavedModel directory of a Model artifact.
 
