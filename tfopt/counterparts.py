@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -109,7 +110,7 @@ def opened(
             workdir = folders.enter_context(TemporaryDirectory(prefix="tfopt-opened-"))
             found.append(_runnable(Path(given), workdir, unsafe))
             programs.append(running.enter_context(runtime.open(found[-1], threads=threads)))
-        keys = _signatures(programs, names, signature)
+        keys = _signatures(programs, found, names, signature)
         signatures = [program.signatures[key] for program, key in zip(programs, keys, strict=True)]
         features = _features(found, keys, signatures[0].inputs)
         together = Counterparts([], programs, dict(signatures[0].inputs), features, running=running)
@@ -131,7 +132,7 @@ def _add(
     a, b = names
     if key != first_key:
         together.notes.append(f"signature {first_key!r} of {a} is compared with {key!r} of {b}")
-    steps = _client_steps(path, key) if ours.inputs.keys() != theirs.inputs.keys() else []
+    steps = _described(path).get(key, {}).get("steps", []) if ours.inputs.keys() != theirs.inputs.keys() else []
     if steps:
         together.notes.append(
             f"{b} is given rows of {a}, in the form that its clients make of them (assets.extra/signatures.json)"
@@ -151,10 +152,10 @@ def _add(
         together.specs[name] = _common(spec, taken[inputs[name]])
 
 
-def _client_steps(path: Path, key: str) -> list[Step]:
-    from tfopt.serving.client_stub import client_steps  # which needs TensorFlow
+def _described(path: Path) -> dict[str, Any]:
+    from tfopt.serving.client_stub import described  # which needs TensorFlow
 
-    return client_steps(path, key)
+    return described(path)
 
 
 def _runnable(path: Path, workdir: str, unsafe: bool) -> Path:
@@ -164,20 +165,32 @@ def _runnable(path: Path, workdir: str, unsafe: bool) -> Path:
     return sources.as_saved_model(path, workdir=workdir, allow_unsafe_deserialization=unsafe)
 
 
-def _signatures(programs: list[runtime.Program], names: Sequence[str], wanted: str | None) -> list[str]:
+def _signatures(
+    programs: list[runtime.Program], paths: list[Path], names: Sequence[str], wanted: str | None
+) -> list[str]:
     keys = [list(program.signatures) for program in programs]
+    alike = {key: [_stand_in(key, path, have) for path, have in zip(paths, keys, strict=True)] for key in keys[0]}
     if wanted is not None:
-        for program, have in zip(programs, keys, strict=True):
-            if wanted not in have:
+        found = alike.get(wanted, [None])
+        for program, have, key in zip(programs, keys, found, strict=False):
+            if key is None:
                 raise TfoptError(f"{program.path} has no signature {wanted!r}; it has: {', '.join(have)}")
-        return [wanted] * len(programs)
-    all_have = [key for key in keys[0] if all(key in have for have in keys)]
+        return [str(key) for key in found]
+    all_have = [key for key in keys[0] if None not in alike[key]]
     if all_have:
-        return ["serving_default" if "serving_default" in all_have else all_have[0]] * len(programs)
+        return [str(key) for key in alike["serving_default" if "serving_default" in all_have else all_have[0]]]
     if all(len(have) == 1 for have in keys):
         return [have[0] for have in keys]
     lists = "; ".join(f"{name} has {', '.join(have)}" for name, have in zip(names, keys, strict=True))
     raise TfoptError(f"no signature is in {'both' if len(keys) == 2 else 'all'}: {lists}")
+
+
+def _stand_in(key: str, path: Path, have: Sequence[str]) -> str | None:
+    """The signature of that name, or else one that says of itself that it computes the same (`compact_signature`)."""
+    if key in have:
+        return key
+    described = _described(path)
+    return next((new for new in have if described.get(new, {}).get("stands_for") == key), None)
 
 
 def _pair(

@@ -11,7 +11,6 @@ import tensorflow as tf
 from tensorflow.core.protobuf.meta_graph_pb2 import TensorInfo
 
 from tfopt.model import Model
-from tfopt.serving.encode import Step
 
 DESCRIPTION = "signatures.json"
 _HERE = Path(__file__).parent
@@ -45,10 +44,11 @@ def write(model: Model, directory: Path) -> None:
     (extra / "client.py").write_text(template.render(encode=encode.strip()))
 
 
-def client_steps(model: str | Path, signature: str) -> list[Step]:
-    """The steps by which clients of a model that tfopt wrote make the inputs of a signature; none for other models."""
-    described = Path(model) / "assets.extra" / DESCRIPTION
-    return json.loads(described.read_text()).get(signature, {}).get("steps", []) if described.is_file() else []
+def described(model: str | Path) -> dict[str, Any]:
+    """What `describe` said of a model that tfopt wrote; of a .tflite file, what lies beside it; empty for others."""
+    folder = Path(model).parent if Path(model).is_file() else Path(model)
+    file = folder / "assets.extra" / DESCRIPTION
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _tensor(info: TensorInfo) -> dict[str, Any]:
