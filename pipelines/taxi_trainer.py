@@ -46,12 +46,12 @@ def run_fn(fn_args: Any) -> None:
     keras.utils.set_random_seed(0)
     schema = io_utils.parse_pbtxt_file(fn_args.schema_path, schema_pb2.Schema())
     features = feature_spec(schema)
-    train, rows = dataset(fn_args.train_files, features), dataset(fn_args.eval_files, features)
+    train = dataset(fn_args.train_files, features).cache()
     model = build_model(features, train)
     model.compile(keras.optimizers.Adam(3e-3), "binary_crossentropy", metrics=[keras.metrics.AUC(name="auc")])
     shuffled = train.unbatch().shuffle(10_000, seed=0).batch(BATCH).repeat()
     model.fit(shuffled, steps_per_epoch=fn_args.train_steps, verbose=0)
-    rows = rows.take(fn_args.eval_steps or -1)
+    rows = dataset(fn_args.eval_files, features).take(fn_args.eval_steps or -1)
     print(f"AUC on the eval split: {model.evaluate(rows, verbose=0)[1]:.4f}")
 
     del features[LABEL]
@@ -101,7 +101,7 @@ def dataset(files: list[str], features: dict[str, Any]) -> Any:
         return columns, columns.pop(LABEL)
 
     names = sorted(name for each in files for name in tf.io.gfile.glob(each))
-    return tf.data.TFRecordDataset(names, "GZIP").batch(BATCH).map(split).cache()
+    return tf.data.TFRecordDataset(names, "GZIP").batch(BATCH).map(split)
 
 
 def build_model(features: dict[str, Any], train: Any) -> Any:
@@ -124,5 +124,5 @@ def build_model(features: dict[str, Any], train: Any) -> Any:
         encoded.append(ops.one_hot(known, count))
     x = layers.concatenate(encoded)
     for units in (64, 32):
-        x = layers.BatchNormalization()(layers.Dense(units, activation="relu")(x))
+        x = layers.BatchNormalization(momentum=0.9)(layers.Dense(units, activation="relu")(x))
     return keras.Model(inputs, layers.Dense(1, activation="sigmoid")(x))
