@@ -33,8 +33,8 @@ def example(draw, **given):
 
 
 def schema_text(without=""):
-    kinds = {name: "FLOAT" for name in FLOATS} | {name: "INT" for name in (*INTS, taxi_trainer.LABEL)}
-    kinds |= {name: "BYTES" for name in taxi_trainer.WORDS}
+    kinds = dict.fromkeys(FLOATS, "FLOAT") | dict.fromkeys((*INTS, taxi_trainer.LABEL), "INT")
+    kinds |= dict.fromkeys(taxi_trainer.WORDS, "BYTES")
     return "".join(f'feature {{ name: "{name}" type: {kind} }}\n' for name, kind in kinds.items() if name != without)
 
 
