@@ -51,7 +51,7 @@ class Evaluation:
     Attributes:
       source: where the rows came from.
       rows: how many there were.
-      notes: what a reader should know.
+      notes: what a reader should know; artifacts are called by `letters`.
     """
 
     results: list[Result]
@@ -131,17 +131,17 @@ def evaluate(
     """
     if not paths or (len(paths) == 1 and not metrics):
         raise TfoptError("one artifact is evaluated by a metric, and several may be compared: give either")
-    names = [str(path) for path in paths]
+    names = letters(len(paths))
     with opened(paths, names, signature, threads=threads, unsafe=allow_unsafe_deserialization) as together:
         job = job_of(together, metrics, output)
         seen = look(together, job, source, label=label, batch_size=batch_size, beam_args=beam_args, threads=threads)
         notes = [*together.notes, *sorted(seen.warnings)]
         notes += [
-            f"output {name!r} of {path} has no counterpart in {names[0]}"
-            for path, extra in zip(names, together.extra, strict=True)
+            f"output {name!r} of {each} has no counterpart in A"
+            for each, extra in zip(names, together.extra, strict=True)
             for name in extra
         ]
-    return Evaluation(results(job, seen, names), source, seen.rows, notes)
+    return Evaluation(results(job, seen, [str(path) for path in paths]), source, seen.rows, notes)
 
 
 def look(
@@ -166,6 +166,11 @@ def look(
     return on_beam.observe(
         job, on_beam.ReadRows(source, together.specs, together.features, label, size), beam_args, threads
     )
+
+
+def letters(count: int) -> list[str]:
+    """What artifacts are called in notes and tables: A, the reference, B, ..., Z, A1, ..."""
+    return [chr(ord("A") + index % 26) + str(index // 26 or "") for index in range(count)]
 
 
 def job_of(together: Counterparts, metrics: Sequence[str], output: str | None) -> Job:
@@ -223,7 +228,8 @@ def _is_float(spec: TensorSpec) -> bool:
 
 def _output_facts(output: Output) -> dict[str, Any]:
     figures = {"absolute": output.absolute, "relative": output.relative, "agreement": output.agreement}
-    return {**figures, **dataclasses.asdict(output)}
+    powers = dict(sorted(output.powers.items()))  # in the order of workers otherwise
+    return {**figures, **dataclasses.asdict(output), "powers": powers}
 
 
 def _facts(result: Result) -> dict[str, Any]:

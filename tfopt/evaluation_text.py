@@ -6,7 +6,9 @@ import textwrap
 from collections.abc import Sequence
 
 from tfopt import report_words as words
-from tfopt.evaluation import Evaluation, Result
+from tfopt.data import STRING
+from tfopt.equivalence import Output
+from tfopt.evaluation import Evaluation, Result, letters
 from tfopt.report import Metric
 
 WIDTH = 120
@@ -20,19 +22,25 @@ def draw(found: Evaluation, worst: int = 0) -> str:
       worst: how many of the rows that differ most are named for each output.
     """
     first, *others = found.results
-    head = ["", "artifact", "rows", *(cell for name in first.metrics for cell in (name, "against A"))]
+    head = ["rows", *(cell for name in first.metrics for cell in (name, "against A"))]
     rows = [[*head, *(["max error", "agreement"] if others else [])]]
-    for letter, result in zip(_letters(len(found.results)), found.results, strict=True):
-        cells = [letter, _shortened(result.path), f"{found.rows:,}"]
+    for result in found.results:
+        cells = [f"{found.rows:,}"]
         for name, reference in first.metrics.items():
             cells += _metric(result.metrics.get(name), reference, result is first)
         apart = result.equivalence
         if others:
             cells += [words.error(apart.max_error), words.share(apart.agreement)] if apart else [words.UNKNOWN] * 2
         rows.append(cells)
+    figures = _columns(rows)
+    names = letters(len(found.results))
+    room = max(WIDTH - len(figures[0]) - len(names[-1]) - 4, 12)
+    paths = ["artifact", *(_shortened(result.path, room) for result in found.results)]
+    widest = max(map(len, paths))
     lines = [f"{found.rows:,} row{'s' * (found.rows != 1)} of {found.source}", ""]
-    lines += _columns(rows)
-    for letter, result in zip(_letters(len(found.results)), found.results, strict=True):
+    for letter, path, line in zip(["", *names], paths, figures, strict=True):
+        lines.append(f"{letter:{len(names[-1])}}  {path:{widest}}  {line}")
+    for letter, result in zip(names, found.results, strict=True):
         lines += _details(letter, result, worst)
     if found.notes:
         lines += ["", *(line for note in found.notes for line in _wrap(f"note: {note}", ""))]
@@ -48,7 +56,7 @@ def _details(letter: str, result: Result, worst: int) -> list[str]:
         lines += _wrap(f"{letter}: {name}: " + ", ".join(f"{what} {count:,}" for what, count in counts.items()), "")
     for name, output in result.equivalence.outputs.items() if result.equivalence else ():
         problem = output.broken(name) if output.missing or output.changed else None
-        text = problem or f"output {name!r} {output.dtype}: {output.unequal:,} of {output.elements:,} values differ"
+        text = problem or f"output {name!r} {_dtype(output)}: {output.unequal:,} of {output.elements:,} values differ"
         if not problem and output.unequal and output.distance:
             text += f", max error {words.error(output.absolute)}, {words.error(output.relative)} of its scale"
         if output.not_finite:
@@ -59,6 +67,10 @@ def _details(letter: str, result: Result, worst: int) -> list[str]:
     return ["", *lines] if lines else []
 
 
+def _dtype(output: Output) -> str:
+    return STRING if output.dtype == "object" else output.dtype
+
+
 def _metric(metric: Metric | None, reference: Metric, is_first: bool) -> list[str]:
     if metric is None:
         return [words.UNKNOWN, words.UNKNOWN]
@@ -66,21 +78,14 @@ def _metric(metric: Metric | None, reference: Metric, is_first: bool) -> list[st
     return [f"{metric.value:.6g}", f"{metric.value - reference.value:+.3g}" if change is None else change]
 
 
-def _letters(count: int) -> list[str]:
-    return [chr(ord("A") + index) if index < 26 else str(index + 1) for index in range(count)]
-
-
-def _shortened(path: str, length: int = 48) -> str:
+def _shortened(path: str, length: int) -> str:
     """The end of a path tells more than its beginning."""
     return path if len(path) <= length else "..." + path[-length + 3 :]
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
+    return ["  ".join(map(str.rjust, row, widths)) for row in rows]
 
 
 def _wrap(text: str, indent: str) -> list[str]:
