@@ -104,9 +104,9 @@ def load(
     Args:
         source: one of
             `FILE.npz`: arrays keyed by input name, and `label`;
-            a TFRecord file or glob of tf.Example, gzipped or not. A signature with one input, a string, gets the
-            records as they are (unless they hold a feature called like that input); otherwise they are parsed into
-            the named inputs;
+            a TFRecord file or glob of tf.Example, or several joined by commas, gzipped or not. A signature with one
+            input, a string, gets the records as they are (unless they hold a feature called like that input); otherwise
+            they are parsed into the named inputs;
             `python:package.module:function`: a function without arguments, found with the current directory on the
             path, that returns a tf.data.Dataset of dict or (dict, label), batched or not.
         specs: the inputs of the signature.

@@ -137,10 +137,12 @@ def tf_records(source: str, limit: int | None) -> list[bytes]:
 
 
 def record_files(source: str) -> list[str]:
-    """Returns the files that match a glob, in the order of their names."""
+    """Returns the files that match a glob, in the order of their names; several globs are joined by commas."""
     import tensorflow as tf
 
-    files = sorted(tf.io.gfile.glob(source))
+    files = sorted(tf.io.gfile.glob(source))  # a name may hold a comma
+    if not files and "," in source:
+        return [file for glob in source.split(",") for file in record_files(glob.strip())]
     if not files:
         raise TfoptError(f"{source}: no file matches")
     for file in files:
