@@ -255,7 +255,7 @@ def test_several_globs_are_read_in_their_order(records, tmp_path):
     records(ROWS)  # rows 0, 2, 4 in part-0, 1 and 3 in part-1
     data = load(f"{tmp_path}/part-1, {tmp_path}/part-0*", EXAMPLES, label="n")
     assert data.labels.tolist() == [1, 3, 0, 2, 4]
-    fail("none-*: no file matches", f"{tmp_path}/part-1,{tmp_path}/none-*", EXAMPLES)
+    fail(r"none-\*: no file matches", f"{tmp_path}/part-1,{tmp_path}/none-*", EXAMPLES)
     (tmp_path / "part-1").rename(tmp_path / "a,b")
     assert len(load(str(tmp_path / "a,b"), EXAMPLES)) == 2
 

@@ -91,3 +91,23 @@ def importer():
         return node.with_id(name or f"import_{kind.lower()}").outputs["result"]
 
     return make
+
+
+def write_examples(folder: Path, splits: dict[str, list[dict[str, Any]]], gzip: bool = True) -> None:
+    """Writes rows of {feature: values} as ExampleGen does: `Split-<name>/data_tfrecord-00000-of-00001[.gz]`."""
+    import tensorflow as tf
+
+    def feature(values: Any) -> Any:
+        if isinstance(values[0], bytes):
+            return tf.train.Feature(bytes_list=tf.train.BytesList(value=values))
+        if isinstance(values[0], int):
+            return tf.train.Feature(int64_list=tf.train.Int64List(value=values))
+        return tf.train.Feature(float_list=tf.train.FloatList(value=values))
+
+    for split, rows in splits.items():
+        path = folder / f"Split-{split}" / f"data_tfrecord-00000-of-00001{'.gz' if gzip else ''}"
+        path.parent.mkdir(parents=True)
+        with tf.io.TFRecordWriter(str(path), "GZIP" if gzip else "") as writer:
+            for row in rows:
+                features = tf.train.Features(feature={name: feature(values) for name, values in row.items()})
+                writer.write(tf.train.Example(features=features).SerializeToString())

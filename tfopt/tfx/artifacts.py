@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import posixpath
 import tempfile
+import types
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -19,12 +22,63 @@ from tfx.utils import io_utils, path_constants
 
 from tfopt.errors import TfoptError, printable
 from tfopt.report import Report
+from tfopt.serving.client_stub import DESCRIPTION
 
 _MODEL = "saved_model.pb"
 _OLD_SERVING = "serving_model_dir"  # before TFX 0.29
 _INVALID_ARGUMENT = 3  # google.rpc.Code; any code but 0 fails the execution
 
 Value = str | int | float
+
+
+def fields(kind: type, given: str | Mapping[str, Any], what: str, refused: Mapping[str, str]) -> dict[str, Any]:
+    """Reads fields of a dataclass that came as a parameter of a component.
+
+    Args:
+      kind: the dataclass.
+      given: a mapping, or its JSON.
+      what: the name of the parameter, for errors.
+      refused: fields that are not set by this parameter -> what to use instead.
+
+    Returns:
+      Field -> value, lists as tuples.
+
+    Raises:
+      TfoptError: a field that there is not, or is refused, or with a value of another type.
+    """
+    if isinstance(given, str):
+        try:
+            given = json.loads(given or "{}")
+        except ValueError as error:
+            raise TfoptError(f"{what}: not JSON: {error}") from error
+    if not isinstance(given, Mapping):
+        raise TfoptError(f"{what}: wants an object, received {given!r}")
+    kinds = {name: hint for name, hint in typing.get_type_hints(kind).items() if name not in refused}
+    found = {}
+    for name, value in given.items():
+        if name in refused:
+            raise TfoptError(f"{what}: {name!r} is not set here; use {refused[name]}")
+        if name not in kinds:
+            raise TfoptError(f"{what}: there is no {name!r}; choose from {', '.join(kinds)}")
+        value = tuple(value) if isinstance(value, list) else value
+        if not _is(value, kinds[name]):
+            wanted = kinds[name].__name__ if isinstance(kinds[name], type) else str(kinds[name])
+            raise TfoptError(f"{what}: {name!r} wants {wanted}, received {value!r}")
+        found[name] = value
+    return found
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type: str, int, bool, float, one of several, or a tuple or dict of these."""
+    if isinstance(kind, types.UnionType):
+        return any(_is(value, each) for each in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    if typing.get_origin(kind) is dict:
+        return isinstance(value, Mapping) and all(_is(item, typing.get_args(kind)[1]) for item in value.values())
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 class OptimizationReport(Artifact):
@@ -131,15 +185,21 @@ def serving_model(artifact: Artifact) -> str:
     )
 
 
-def tflite_files(artifact: Artifact) -> list[str]:
+def tflite_files(uri: str) -> list[str]:
     """The paths of the .tflite files of a Model artifact, by name; none is no error."""
     found = [
         posixpath.join(folder, name)
-        for folder, _, names in fileio.walk(artifact.uri)
+        for folder, _, names in fileio.walk(uri)
         for name in names
         if name.endswith(".tflite")
     ]
     return sorted(found)
+
+
+def client_files(folder: str) -> list[str]:
+    """What clients need where a recipe changed the inputs of signatures, relative to the model's directory."""
+    names = [f"assets.extra/{name}" for name in (DESCRIPTION, "client.py")]
+    return [name for name in names if fileio.exists(posixpath.join(folder, name))]
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ def _run(
     model, blessing = artifacts.single(inputs, "tflite_model"), artifacts.single(inputs, "blessing")
     assert model is not None  # TFX checks inputs that are not optional
     (pushed,) = outputs["pushed_model"]
-    files = artifacts.tflite_files(model)
+    files = artifacts.tflite_files(model.uri)
     reason = _reason_against(model, blessing, files)
     if reason:
         artifacts.set_custom_properties(pushed, {"pushed": 0, "reason": reason})
@@ -64,11 +64,15 @@ def _run(
         raise TfoptError("DevicePusher: push_destination is empty; name a directory")
     source = {"artifact_id": model.id, "uri": model.uri, "blessing_id": blessing.id if blessing else None}
     with artifacts.scratch() as folder:
-        local = [Path(artifacts.local(file, folder)) for file in files]
+        root = artifacts.local(model.uri, folder)
+        local = [Path(root) / posixpath.relpath(file, model.uri) for file in files]
+        extra = [Path(root) / name for name in artifacts.client_files(root)]
         version = _version(base, int(parameters.get("version") or 0))
         described = manifest(local, version, artifacts.custom_properties(model), source)
-        _copy(local, described, pushed.uri)  # first: where it fails, nothing was pushed
-        final = _push(local, described, base, version)
+        if extra:
+            described["client"] = [f"assets.extra/{file.name}" for file in extra]
+        _copy(local, extra, described, pushed.uri)  # first: where it fails, nothing was pushed
+        final = _push(local, extra, described, base, version)
     names = ",".join(file.name for file in local)
     artifacts.set_custom_properties(
         pushed, {"pushed": 1, "pushed_destination": final, "pushed_version": version, "files": names}
@@ -105,7 +109,7 @@ def _version(base: str, wanted: int) -> str:
     return str(version)
 
 
-def _push(files: list[Path], described: dict[str, Any], base: str, version: str) -> str:
+def _push(files: list[Path], extra: list[Path], described: dict[str, Any], base: str, version: str) -> str:
     """Copies the files to `<base>/<version>`.
 
     A directory appears there by one rename, complete. Object stores have no such rename: there the manifest is written
@@ -115,7 +119,7 @@ def _push(files: list[Path], described: dict[str, Any], base: str, version: str)
     remote = "://" in base
     place = final if remote else posixpath.join(base, f".{version}.{uuid.uuid4().hex[:8]}")
     try:
-        _copy(files, described, place)
+        _copy(files, extra, described, place)
         if not remote:
             Path(place).rename(final)
     except BaseException as error:
@@ -127,9 +131,11 @@ def _push(files: list[Path], described: dict[str, Any], base: str, version: str)
     return final
 
 
-def _copy(files: list[Path], described: dict[str, Any], place: str) -> None:
+def _copy(files: list[Path], extra: list[Path], described: dict[str, Any], place: str) -> None:
     for file in files:
         io_utils.copy_file(str(file), posixpath.join(place, file.name), overwrite=True)
+    for file in extra:
+        io_utils.copy_file(str(file), posixpath.join(place, "assets.extra", file.name), overwrite=True)
     io_utils.write_string_file(posixpath.join(place, NAME), json.dumps(described, indent=2) + "\n")
 
 

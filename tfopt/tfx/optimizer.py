@@ -14,11 +14,8 @@ docs/tfx_components.md has every input, output, parameter and property.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import posixpath
-import types as python_types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,49 +43,13 @@ _OWN = {  # fields of Options that the component itself sets, and what to use in
 }
 
 
-def parse_options(text: str | Mapping[str, Any]) -> dict[str, Any]:
-    """Reads fields of `tfopt.optimize.Options`.
-
-    Args:
-      text: a JSON object, or the mapping itself.
-
-    Returns:
-      Field -> value, lists as tuples.
+def parse_options(given: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Reads fields of `tfopt.optimize.Options` from a mapping or its JSON.
 
     Raises:
       TfoptError: a field that there is not, that the component sets itself, or with a value of another type.
     """
-    if isinstance(text, str):
-        try:
-            text = json.loads(text or "{}")
-        except ValueError as error:
-            raise TfoptError(f"options: not JSON: {error}") from error
-    if not isinstance(text, Mapping):
-        raise TfoptError(f"options: wants an object of fields of tfopt.optimize.Options, received {text!r}")
-    kinds = typing.get_type_hints(optimize.Options)
-    known = [field.name for field in dataclasses.fields(optimize.Options) if field.name not in _OWN]
-    parsed = {}
-    for name, value in text.items():
-        if name in _OWN:
-            raise TfoptError(f"options: {name!r} is not set here; use {_OWN[name]}")
-        if name not in known:
-            raise TfoptError(f"options: no option {name!r}; choose from {', '.join(known)}")
-        value = tuple(value) if isinstance(value, list) else value
-        if not _is(value, kinds[name]):
-            wanted = kinds[name].__name__ if isinstance(kinds[name], type) else str(kinds[name])
-            raise TfoptError(f"options: {name!r} wants {wanted}, received {value!r}")
-        parsed[name] = value
-    return parsed
-
-
-def _is(value: Any, kind: Any) -> bool:
-    if isinstance(kind, python_types.UnionType):
-        return any(_is(value, each) for each in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    return artifacts.fields(optimize.Options, given, "options", _OWN)
 
 
 class OptimizerExecutor(BaseExecutor):
@@ -147,6 +108,10 @@ def _publish(report: Report, serving: str, kept: bool, outputs: dict[str, list[t
             names.append(artifact.name)
         elif artifact.name == "serving" and artifact.path:
             artifact.path = final
+    for name in (
+        artifacts.client_files(serving) if names and not kept else ()
+    ):  # how to make the inputs of the TFLite files of an example
+        io_utils.copy_file(posixpath.join(serving, name), posixpath.join(tflite.uri, name))
     io_utils.write_string_file(posixpath.join(recorded.uri, "report.json"), report.to_json())
     io_utils.write_string_file(posixpath.join(recorded.uri, "report.html"), report.html())
     io_utils.copy_dir(serving, final)
