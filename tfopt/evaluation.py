@@ -159,7 +159,7 @@ def look(
     if beam_args is None:
         rows = batches.cut(source, together.specs, size=size, feature_spec=together.features, label=label)
         return observe(job, together.programs, rows)
-    need_beam("beam_args")
+    need_beam("--beam_args")
     from tfopt.beam import evaluate as on_beam
 
     together.close()
