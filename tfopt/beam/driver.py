@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,8 +22,10 @@ from pathlib import Path
 
 PIPELINE, PROVISION, _OUTCOME, _LOG = "pipeline.pb", "provision.pb", "outcome.json", "log.txt"
 
-_GRACE = 30.0  # seconds that a pipeline may go on after the first worker has ended
+_GRACE = 30.0  # seconds that a pipeline may go on after the first worker has ended,
+_SHORT_GRACE = 5.0  # and where that worker did not end well
 _LOST = 3
+_CODE = re.compile(r"^Worker subprocess exited with return code (-?\d+)$")  # what Beam raises in a thread
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,15 @@ def _main(folder: Path, workers: int, parent: int) -> None:
     runner = fn_runner.FnApiRunner(provision_info=fn_runner.ExtendedProvisionInfo(info))
     runner._num_workers = workers or os.cpu_count() or 1  # Beam sets it from the options of a pipeline object only
     deaths: list[str] = []
-    threading.excepthook = lambda caught: deaths.append(str(caught.exc_value))
+    threading.excepthook = lambda caught: deaths.extend(_CODE.findall(str(caught.exc_value)))
     threading.Thread(target=_watch, args=(folder, deaths), daemon=True).start()
     try:
         runner.run_via_runner_api(proto, PipelineOptions())
         outcome = Outcome()
     except Exception as error:  # whatever a step raises
         text = str(error) or type(error).__name__
+        if "Traceback" not in text:
+            _wait_for(deaths)
         lost = "Traceback" not in text and ("Channel closed" in text or "UNAVAILABLE" in text or bool(deaths))
         outcome = Outcome(lost=_death(deaths)) if lost else Outcome(error=text)
     _leave(folder, outcome)
@@ -107,14 +112,20 @@ def _watch(folder: Path, deaths: list[str]) -> None:
         time.sleep(0.2)
         now = {thread for thread in threading.enumerate() if thread.name == "run_worker"}
         seen |= now
-        if seen - now:
-            time.sleep(_GRACE)
+        if seen - now or deaths:
+            time.sleep(_SHORT_GRACE if deaths else _GRACE)
             _leave(folder, Outcome(lost=_death(deaths)))
 
 
+def _wait_for(deaths: list[str]) -> None:
+    """Gives the threads that wait for workers the time to say how one died."""
+    deadline = time.monotonic() + _SHORT_GRACE
+    while not deaths and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
 def _death(deaths: list[str]) -> str:
-    code = deaths[0].rpartition(" ")[2] if deaths else ""
-    return f"a worker process died ({describe(int(code)) if code.lstrip('-').isdigit() else 'it left no exit code'})"
+    return f"a worker process died ({describe(int(deaths[0])) if deaths else 'it left no exit code'})"
 
 
 def _leave(folder: Path, outcome: Outcome) -> None:

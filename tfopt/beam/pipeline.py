@@ -36,6 +36,7 @@ from apache_beam.options.pipeline_options import (
 from apache_beam.portability.api import beam_provision_api_pb2
 from apache_beam.runners.portability.fn_api_runner import fn_runner
 from apache_beam.runners.portability.portable_runner import JobServiceHandle
+from apache_beam.runners.runner import PipelineRunner, create_runner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
 from tfopt.beam import driver
@@ -89,16 +90,16 @@ def run(build: Callable[[beam.Pipeline], beam.PCollection], beam_args: str, *, r
       TfoptError: a step failed, workers died in every run, or the runner cannot be reached: one line that says which.
     """
     parsed = options(beam_args)
+    local = _is_local(parsed)
     with tempfile.TemporaryDirectory(prefix="tfopt-beam-") as folder, _quiet():
+        runner = fn_runner.FnApiRunner(provision_info=_provision(parsed)) if local else _other_runner(parsed)
         shared = parsed.view_as(GoogleCloudOptions).temp_location
-        if shared is None and not (_is_local(parsed) or _is_loopback(parsed)):
+        if shared is None and not (local or _is_loopback(parsed)):
             raise TfoptError(
                 "--beam_args: add --temp_location=..., a folder that every worker and this machine can use"
             )
         place = FileSystems.join(shared or folder, f"tfopt-{uuid.uuid4().hex}")
         try:
-            local = _is_local(parsed)
-            runner = fn_runner.FnApiRunner(provision_info=_provision(parsed)) if local else None
             pipeline = beam.Pipeline(runner=runner, options=parsed)
             _ = build(pipeline) | "WriteResult" >> beam.Map(_write, place)
             if local and parsed.view_as(DirectOptions).direct_running_mode == "multi_processing":
@@ -113,10 +114,9 @@ def run(build: Callable[[beam.Pipeline], beam.PCollection], beam_args: str, *, r
 def _run_here(pipeline: beam.Pipeline) -> None:
     try:
         pipeline.run().wait_until_finish()
-    except TfoptError:
-        raise
     except Exception as error:  # a runner may raise anything
-        raise TfoptError(_reason(str(error)) or type(error).__name__) from error
+        text = str(error)
+        raise TfoptError(_reason(text if "Traceback" in text else f"{type(error).__name__}: {text}")) from error
 
 
 def _run_watched(pipeline: beam.Pipeline, parsed: PipelineOptions, folder: Path, place: str, runs: int) -> None:
@@ -131,7 +131,7 @@ def _run_watched(pipeline: beam.Pipeline, parsed: PipelineOptions, folder: Path,
         outcome = driver.run(folder, workers)
         if outcome.lost is None:
             if outcome.error is not None:
-                raise TfoptError(_reason(outcome.error) or "the pipeline failed")
+                raise TfoptError(_reason(outcome.error))
             return
         _delete(place)
         if attempt < runs:
@@ -148,6 +148,14 @@ def _provision(parsed: PipelineOptions) -> fn_runner.ExtendedProvisionInfo:
     """What Beam's own DirectRunner tells its workers: the options."""
     encoded = JobServiceHandle.encode_pipeline_options(parsed.get_all_options())
     return fn_runner.ExtendedProvisionInfo(beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded))
+
+
+def _other_runner(parsed: PipelineOptions) -> PipelineRunner:
+    name = parsed.view_as(StandardOptions).runner
+    try:
+        return create_runner(name)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise TfoptError(f"--beam_args: --runner={name}: {' '.join(str(error).split())}") from error
 
 
 def _is_local(parsed: PipelineOptions) -> bool:
@@ -169,7 +177,7 @@ def _reason(text: str) -> str:
         (i for i, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)), default=-1
     )
     line = re.sub(r" \[while running ('.*?')(-\S+)?\]", r" (in step \1)", " ".join(lines[start:]))
-    return f"Beam: {line[:500]}" if line else ""
+    return f"Beam: {line[:500] or 'the pipeline failed'}"
 
 
 def _write(value: Any, place: str) -> None:
