@@ -21,8 +21,8 @@ flags.DEFINE_enum("format", "text", ["text", "json"], "For people, or for progra
 flags.DEFINE_string(
     "data",
     None,
-    "Inputs: .npz keyed by input name, TFRecord glob of tf.Example, or python:module:function that returns a "
-    "tf.data.Dataset. Random ones where not given.",
+    "Inputs: .npz keyed by input name, TFRecord glob of tf.Example or of logged requests (PredictionLog), or "
+    "python:module:function that returns a tf.data.Dataset. Random ones where not given.",
 )
 flags.DEFINE_string("signature", None, "Of both; serving_default, or the one that both have, where not given.")
 flags.DEFINE_string("eval_data", None, "Labelled inputs, in the same forms; labels under --label.")
@@ -32,6 +32,12 @@ flags.DEFINE_string("eval_output", None, "Output of A that --metric scores, wher
 flags.DEFINE_integer("seed", 0, "Of random inputs.")
 flags.DEFINE_bool("measure_latency", True, "Measure latency and memory, each artifact in a process of its own.")
 flags.DEFINE_integer("threads", 2, "Threads of the runtimes.", lower_bound=1)
+flags.DEFINE_string(
+    "beam_args",
+    None,
+    'Read --data and --eval_data on Apache Beam, with these options of it in one string, or "" for its defaults; see '
+    "tfopt-evaluate.",
+)
 flags.DEFINE_float("max_error", None, "Largest error, over the scale of the output, that is accepted.", lower_bound=0)
 flags.DEFINE_float("min_agreement", None, "Smallest top-1 agreement that is accepted, from 0 to 1.")
 flags.DEFINE_bool("allow_unsafe_deserialization", False, "Run code that a Keras file carries (Lambda layers).")
@@ -60,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
         seed=FLAGS.seed,
         latency=FLAGS.measure_latency,
         threads=FLAGS.threads,
+        beam_args=FLAGS.beam_args,
         allow_unsafe_deserialization=FLAGS.allow_unsafe_deserialization,
     )
     if FLAGS.min_agreement is not None and found.agreement is None:

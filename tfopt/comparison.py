@@ -132,6 +132,8 @@ def compare(
     """
     if metric not in metrics.METRICS:
         raise TfoptError(f"--metric: unknown {metric!r}; choose from {', '.join(metrics.METRICS)}")
+    if beam_args is not None and not data and not eval_data:
+        raise TfoptError("--beam_args needs --data or --eval_data: there are no rows to read")
     with opened((a, b), "AB", signature, threads=threads, unsafe=allow_unsafe_deserialization) as both:
         asked, notes = both.asked, list(both.notes)
         job = evaluation.job_of(both, [metric] if eval_data else [], eval_output)

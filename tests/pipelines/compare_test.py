@@ -34,6 +34,7 @@ def test_text_and_json(server, tmp_path):
         ([MODEL], 2, "error: give two artifacts"),
         ([MODEL, "/no/such.tflite"], 2, "error: there is no model at /no/such.tflite"),
         ([*SAME, "--metric=nope"], 2, "error: --metric: unknown 'nope'"),
+        ([*SAME, "--beam_args="], 2, "error: --beam_args needs --data or --eval_data"),
         ([*SAME, "--max_error=-1"], 2, "error: flag --max_error"),
     ],
 )
