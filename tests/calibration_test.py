@@ -88,7 +88,19 @@ def test_a_large_tensor_lowers_the_rows_of_a_call(net, monkeypatch):
     monkeypatch.setattr(calibration, "_CALL_BYTES", 40)
     ref = node(net, "MatMul")
     sizes = [len(tensors[ref]) for _, tensors in values(net, "open", [ref], data(31, 4))]
-    assert sizes == [1, 10, 10, 10]
+    assert sizes == [10, 10, 10, 1]
+    assert calibration.call_rows(net, "open", [ref], data(31, 4)) == 10
+    assert [len(t[ref]) for _, t in values(net, "open", [ref], data(31, 4), 20)] == [20, 11]
+
+
+def test_the_row_of_an_error_is_that_of_the_source(net):
+    rows = data(20, 4)
+    rows.inputs["x"][13] = 0
+    with pytest.raises(TfoptError, match="becomes NaN or infinite on row 13 of rows"):
+        observe(net, "open", [node(net, "Log")], rows.take(slice(10, 20)))
+    rows.inputs["x"][13] = np.nan
+    with pytest.raises(TfoptError, match="input 'x' holds NaN or infinity in row 13"):
+        observe(net, "open", [node(net, "Log")], rows.take(slice(10, 20)))
 
 
 def test_what_cannot_be_calibrated_ends_in_one_line(net):

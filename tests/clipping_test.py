@@ -118,3 +118,30 @@ def test_constant_tensors_have_a_range(values, wanted, method):
         assert (low, high) == wanted
     error = np.abs(quantized(values, low, high, 8) - values).max()
     assert error <= max(0.01 * np.abs(values).max(), 1e-9)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_parts_merge_to_what_one_sees(name):
+    values = SAMPLES[name].astype(np.float32)
+    values[::7] = 0
+    whole = Observed(float(values.min(initial=0)), float(values.max(initial=0)))
+    extremes = Observed()
+    parts = np.array_split(random.permutation(values), 9)
+    for part in parts:
+        extremes.merge(Observed(float(part.min(initial=0)), float(part.max(initial=0))))
+    merged = Observed()
+    for part in [np.zeros(0, np.float32), *parts]:
+        found = Observed(extremes.low, extremes.high)
+        found.add(part)
+        merged.merge(found)
+    whole.add(values)
+    for field in ("low", "high", "zeros", "width"):
+        assert getattr(merged, field) == getattr(whole, field)
+    assert np.array_equal(merged.negative, whole.negative) and np.array_equal(merged.positive, whole.positive)
+    assert extremes.width == 0 and extremes.zeros == 0
+
+
+def test_bins_of_another_width_are_not_added():
+    one, two = seen(np.arange(4.0)), seen(np.arange(5.0))
+    with pytest.raises(ValueError, match="bins of width"):
+        one.merge(two)

@@ -3,13 +3,17 @@
 Rows are run twice at most: once for the extremes of every tensor, once for histograms between them, from which
 `tfopt.clipping` finds what is best cut off. All tensors come from one session call.
 
+Every call but the last has the same number of rows, since the last bits of a product may depend on how many rows are
+multiplied with it, and what belongs to no row is counted once a call. So `tfopt.beam.calibrate`, whose workers run the
+same calls, gives the same bits.
+
     weights     w' = s round(w / s), |w'| <= m     s = m / (2^(b - 1) - 1)     m = max |w|, or argmin E (w - w')^2
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from tensorflow.core.protobuf.meta_graph_pb2 import SignatureDef
@@ -73,28 +77,52 @@ def observe(
       rows: representative rows.
       counts: whether histograms are wanted; "minmax" needs none.
     """
-    _check_inputs(rows)
-    seen = {ref: Observed() for ref in refs}
-    filled = set()
-    for start, tensors in values(model, signature, refs, rows):
-        for ref, array in tensors.items():
-            if array.size:
-                low, high = float(array.min()), float(array.max())
-                if not (math.isfinite(low) and math.isfinite(high)):
-                    raise TfoptError(_not_finite(ref, array, start, rows))
-                seen[ref].low, seen[ref].high = min(seen[ref].low, low), max(seen[ref].high, high)
-                filled.add(ref)
-    if empty := [ref for ref in refs if ref not in filled]:
-        raise TfoptError(f"tensor {empty[0]!r} holds no values on {rows.source}: nothing to calibrate on")
+    check_inputs(rows)
+    size = call_rows(model, signature, refs, rows)
+    seen: dict[str, Observed] = {}
+    for start, tensors in values(model, signature, refs, rows, size):
+        for ref, found in extremes(tensors, rows.take(slice(start, start + size))).items():
+            seen.setdefault(ref, Observed()).merge(found)
+    check_seen(seen, refs, rows.source)
     if counts:
-        for _, tensors in values(model, signature, refs, rows):
+        for _, tensors in values(model, signature, refs, rows, size):
             for ref, array in tensors.items():
                 seen[ref].add(array)
     return seen
 
 
+def extremes(tensors: Mapping[str, np.ndarray], rows: Dataset) -> dict[str, Observed]:
+    """The extremes of the tensors of one call, of those that hold values.
+
+    Args:
+      tensors: reference -> array.
+      rows: those of the call.
+
+    Raises:
+      TfoptError: NaN or infinity.
+    """
+    seen = {}
+    for ref, array in tensors.items():
+        if array.size:
+            low, high = float(array.min()), float(array.max())
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise TfoptError(_not_finite(ref, array, rows))
+            seen[ref] = Observed(min(low, 0.0), max(high, 0.0))
+    return seen
+
+
+def check_seen(seen: Mapping[str, Observed], refs: Sequence[str], source: str) -> None:
+    """Raises where nothing was seen of a tensor.
+
+    Raises:
+      TfoptError: it says of which.
+    """
+    if empty := [ref for ref in refs if ref not in seen]:
+        raise TfoptError(f"tensor {empty[0]!r} holds no values on {source}: nothing to calibrate on")
+
+
 def values(
-    model: Model, signature: str, refs: Sequence[str], rows: Dataset
+    model: Model, signature: str, refs: Sequence[str], rows: Dataset, size: int | None = None
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Runs a signature on rows and yields inner tensors, call by call: one session call for all of them.
 
@@ -103,6 +131,7 @@ def values(
       signature: the one that is fed.
       refs: tensors of the main body.
       rows: rows of the signature; where its batch is fixed, the last call is filled up with the first rows.
+      size: rows of a call; None finds out, see `call_rows`.
 
     Yields:
       (first row of the call, reference as given -> array), float32, or float64 where that is what holds the tensor.
@@ -110,21 +139,32 @@ def values(
     Raises:
       TfoptError: a tensor is not there or not computed from this signature's inputs, or the model cannot be run.
     """
-    opened = _opened(model, signature, refs)
+    size = size or call_rows(model, signature, refs, rows)
     fixed = batch_size(input_specs(model, signature), 0)
-    total = len(rows)
-    # An open batch begins with one row, which tells how many fit.
-    start, size = 0, fixed or 1
+    with Function(opened_at(model, signature, refs)) as function:
+        for start in range(0, len(rows), size):
+            yield start, inner(function, signature, refs, call_of(rows, start, size, bool(fixed)))
+
+
+def call_rows(model: Model, signature: str, refs: Sequence[str], rows: Dataset) -> int:
+    """How many rows one call takes: the fixed batch of the signature, or what the first row tells will fit in memory.
+
+    Where state goes from call to call, a row is a call: the rows are then a sequence.
+    """
+    opened = opened_at(model, signature, refs)
+    if size := batch_size(input_specs(model, signature), 1 if model.state else 0):
+        return size
     with Function(opened) as function:
-        while start < total:
-            outputs = function(signature, call_of(rows, start, size, bool(fixed)))
-            tensors = {ref: _number(ref, outputs[ref]) for ref in refs}
-            yield start, tensors
-            taken = min(size, total - start)
-            start += size
-            if not fixed:
-                held = sum(array.nbytes for array in tensors.values()) / taken
-                size = int(min(max(_CALL_BYTES / max(held, 1), 1), _CALL_ROWS))
+        tensors = inner(function, signature, refs, rows.take(slice(0, 1)).inputs)
+    return int(min(max(_CALL_BYTES / max(sum(array.nbytes for array in tensors.values()), 1), 1), _CALL_ROWS))
+
+
+def inner(
+    function: Function, signature: str, refs: Sequence[str], inputs: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The tensors of one call of a model that is `opened_at` them; float32, or float64 where that holds them."""
+    outputs = function(signature, inputs)
+    return {ref: _number(ref, outputs[ref]) for ref in refs}
 
 
 def call_of(rows: Dataset, start: int, size: int, fixed: bool) -> dict[str, np.ndarray]:
@@ -202,7 +242,7 @@ def cluster_scale(weight: np.ndarray) -> np.ndarray:
     return np.asarray(max(tried[np.argmin(errors), 0], np.finfo(np.float32).tiny), np.float32)
 
 
-def _opened(model: Model, signature: str, refs: Sequence[str]) -> Model:
+def opened_at(model: Model, signature: str, refs: Sequence[str]) -> Model:
     """The model with inner tensors for the outputs of a signature."""
     if signature not in model.signatures:
         raise TfoptError(f"the model has no signature {signature!r}; it has {', '.join(map(repr, model.signatures))}")
@@ -226,19 +266,23 @@ def _number(ref: str, array: np.ndarray) -> np.ndarray:
     return array.astype(np.float64 if array.dtype.kind in "iu" and array.dtype.itemsize > 2 else np.float32)
 
 
-def _check_inputs(rows: Dataset) -> None:
+def check_inputs(rows: Dataset) -> None:
+    """Raises where rows hold NaN or infinity.
+
+    Raises:
+      TfoptError: it names the input and the row.
+    """
     for name, array in rows.inputs.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            where = "" if name in rows.whole else f" in row {_bad_row(array)}"
+            where = "" if name in rows.whole else f" in row {rows.start + _bad_row(array)}"
             raise TfoptError(
                 f"{rows.source}: input {name!r} holds NaN or infinity{where}: no range can be calibrated on it"
             )
 
 
-def _not_finite(ref: str, array: np.ndarray, start: int, rows: Dataset) -> str:
-    taken = min(len(rows) - start, len(array)) if array.ndim else 0
-    by_row = array.ndim and _bad_row(array) < taken
-    row = start + _bad_row(array) if by_row else start
+def _not_finite(ref: str, array: np.ndarray, rows: Dataset) -> str:
+    by_row = array.ndim and _bad_row(array) < len(rows)  # a fixed batch may hold more
+    row = rows.start + (_bad_row(array) if by_row else 0)
     return f"tensor {ref!r} becomes NaN or infinite on row {row} of {rows.source}, whose inputs are finite"
 
 

@@ -63,6 +63,24 @@ class Observed:
                 bins = np.minimum((np.abs(side) / side.dtype.type(self.width)).astype(np.intp), len(counts) - 1)
                 counts += np.bincount(bins, minlength=len(counts))
 
+    def merge(self, other: Observed) -> None:
+        """Takes in what was seen elsewhere of the same tensor: extremes, and counts of bins of the same width.
+
+        Counts are whole numbers below 2^53, so that any order and grouping gives the same.
+
+        Raises:
+          ValueError: bins of another width: both must have begun with the extremes of all values.
+        """
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        if other.width:
+            if not self.width:
+                self.width = other.width
+                self.negative, self.positive = (np.zeros(len(side)) for side in (other.negative, other.positive))
+            if self.width != other.width:
+                raise ValueError(f"bins of width {other.width} cannot be added to bins of width {self.width}")
+            self.negative, self.positive = self.negative + other.negative, self.positive + other.positive
+        self.zeros += other.zeros
+
 
 def clipped(seen: Observed, method: str, bits: int = 8, percentile: float = 99.99) -> tuple[float, float]:
     """The range that a method gives; see `ranges`."""
