@@ -10,12 +10,15 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from tfopt import cost, measure, metrics, runtime
-from tfopt.data import Dataset, batch_size
+from tfopt import cost, evaluation, measure, metrics, runtime
+from tfopt.counterparts import Asked
+from tfopt.data import STRING, Dataset, TensorSpec, batch_size
 from tfopt.errors import TfoptError
+from tfopt.evaluation import Rows
 from tfopt.report import Artifact
 from tfopt.serving import request
 from tfopt.serving.encode import Step, encode
+from tfopt.side_by_side import Job
 from tfopt.verify import Difference, difference, worst
 from tfopt.weight_statistics import arrays_of, is_compressed, statistics
 
@@ -33,6 +36,7 @@ class Assessment:
       comparison: signature -> inputs on which outputs are compared.
       random: signatures whose outputs differ from call to call; not compared.
       evaluation: labelled rows for `metric`, or None.
+      everything: where Beam is to read all such rows, by `beam_args`, where `evaluation` holds the first of them only.
       metric: a name of `metrics.METRICS`.
       output: the output that `metric` scores; None where one alone fits.
       max_accuracy_drop: in the metric's own units; what is worse is rejected.
@@ -48,6 +52,8 @@ class Assessment:
     comparison: Mapping[str, Dataset]
     random: frozenset[str] = frozenset()
     evaluation: Dataset | None = None
+    everything: Rows | None = None
+    beam_args: str | None = None
     metric: str = "accuracy"
     output: str | None = None
     max_accuracy_drop: float | None = None
@@ -86,36 +92,47 @@ def assess(job: Assessment, artifacts: list[Artifact]) -> list[Artifact]:
     """
     original = Artifact("original", "saved_model", str(job.original))
     expected: dict[str, dict[str, np.ndarray]] = {}
-    everything, runnable = [original, *artifacts], []
+    everything = [original, *artifacts]
+    asked: dict[str, Asked | None] = {}
     for artifact in tqdm(everything, desc="assess", unit="artifact", leave=False, disable=None):
         if artifact.rejected:
             continue
         try:
-            if _fill(job, artifact, expected):
-                runnable.append(artifact)
+            _fill(job, artifact, expected, asked)
         except TfoptError as error:
             if artifact is original:
                 raise
             artifact.rejected = str(error)
-            continue
-        if artifact is original:  # it is the yardstick: a bar that asks for a gain is no reason against it
-            continue
-        if artifact not in runnable and job.max_accuracy_drop is not None:
-            artifact.rejected = "its accuracy cannot be measured here, so it cannot pass --max_accuracy_drop"
-        if artifact.accuracy and original.accuracy and job.max_accuracy_drop is not None:
-            lost = metrics.drop(original.accuracy, artifact.accuracy)
-            if lost > job.max_accuracy_drop:
-                artifact.rejected = (
-                    f"{job.metric} falls by {lost:.6g}, more than --max_accuracy_drop={job.max_accuracy_drop:g}"
-                )
+    runnable = [artifact for artifact in everything if artifact.name in asked and not artifact.rejected]
+    if job.everything is not None:
+        _score_all(job, job.everything, runnable, asked, expected[job.signature])
+    for artifact in artifacts:  # not the original: a bar that asks for a gain is no reason against the yardstick
+        if not artifact.rejected:
+            _hold_to_bar(job, original, artifact, artifact in runnable)
     _look_into_weights(everything)
     if job.latency:
         _time(job, [a for a in runnable if not a.rejected])
     return everything
 
 
-def _fill(job: Assessment, artifact: Artifact, expected: dict[str, dict[str, np.ndarray]]) -> bool:
-    """Fills in what can be known of an artifact, and says whether it runs here; the original fills `expected`."""
+def _hold_to_bar(job: Assessment, original: Artifact, artifact: Artifact, runs: bool) -> None:
+    """Rejects an artifact that lost too much."""
+    if job.max_accuracy_drop is None:
+        return
+    if not runs:
+        artifact.rejected = "its accuracy cannot be measured here, so it cannot pass --max_accuracy_drop"
+    elif artifact.accuracy and original.accuracy:
+        lost = metrics.drop(original.accuracy, artifact.accuracy)
+        if lost > job.max_accuracy_drop:
+            artifact.rejected = (
+                f"{job.metric} falls by {lost:.6g}, more than --max_accuracy_drop={job.max_accuracy_drop:g}"
+            )
+
+
+def _fill(
+    job: Assessment, artifact: Artifact, expected: dict[str, dict[str, np.ndarray]], asked: dict[str, Asked | None]
+) -> None:
+    """Fills in what can be known of an artifact, and how it is asked where it runs; the original fills `expected`."""
     artifact.bytes, artifact.gzip_bytes = measure.sizes(artifact.path)
     try:
         counted = cost.cost(artifact.path, job.main(artifact))
@@ -127,12 +144,25 @@ def _fill(job: Assessment, artifact: Artifact, expected: dict[str, dict[str, np.
         program = runtime.open(artifact.path, threads=job.threads)
     except runtime.NeedsFlexError:
         artifact.notes.append("its outputs were not compared, nor its accuracy or latency measured")
-        return False
+        return
     with program:
         _compare_outputs(job, artifact, program, expected)
-        if job.evaluation is not None and job.main(artifact) in program.signatures:
+        if job.evaluation is not None and job.everything is None and job.main(artifact) in program.signatures:
             _score(job, artifact, program, expected)
-    return True
+        asked[artifact.name] = _asked(job, artifact, program, expected[job.signature])
+
+
+def _asked(
+    job: Assessment, artifact: Artifact, program: runtime.Program, original: Mapping[str, np.ndarray]
+) -> Asked | None:
+    """How the signature that is scored is asked on rows as the original takes them; None where it has none such."""
+    name = job.main(artifact)
+    if name not in program.signatures:
+        return None
+    inputs, outputs = program.signatures[name].inputs, program.signatures[name].outputs
+    rows, kept = job.comparison[job.signature].inputs, [output for output in outputs if output in original]
+    steps, fixed = job.steps(artifact, name), batch_size(inputs, 1)
+    return Asked(artifact.path, name, {n: n for n in rows}, {n: n for n in kept}, steps, fixed)
 
 
 def _look_into_weights(artifacts: list[Artifact]) -> None:
@@ -191,6 +221,28 @@ def _score(
         expected[_SCORES] = {"": scores}
     elif scores is not None and _SCORES in expected:
         artifact.agreement = metrics.agreement(scores, expected[_SCORES][""])
+
+
+def _score_all(
+    job: Assessment,
+    rows: Rows,
+    artifacts: list[Artifact],
+    asked: Mapping[str, Asked | None],
+    original: Mapping[str, np.ndarray],
+) -> None:
+    """Scores the original, some outputs of which are given, and all artifacts, in one pass over the rows, on Beam."""
+    scored = [(artifact, each) for artifact in artifacts if (each := asked[artifact.name]) is not None]
+    outputs = {n: TensorSpec(n, STRING if a.dtype == object else a.dtype, None) for n, a in original.items()}
+    output = evaluation.scored_output(job.metric, outputs, job.output)
+    every = tuple(each for _, each in scored)
+    work = Job(every, (job.metric,), output, max(each.batch for each in every))
+    seen = evaluation.look(work, rows, (), batch_size=_EVALUATION_BATCH, beam_args=job.beam_args, threads=job.threads)
+    results = evaluation.results(work, seen, [artifact.name for artifact, _ in scored])
+    for (artifact, _), result in zip(scored, results, strict=True):
+        artifact.rejected = result.failure
+        artifact.accuracy = result.metrics.get(job.metric)
+        if result.equivalence is not None:
+            artifact.agreement = result.equivalence.outputs[output].agreement
 
 
 def _compare(expected: Mapping[str, np.ndarray], received: Mapping[str, np.ndarray]) -> Difference:

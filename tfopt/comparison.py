@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,18 +136,23 @@ def compare(
     with opened((a, b), "AB", signature, threads=threads, unsafe=allow_unsafe_deserialization) as both:
         asked, notes = both.asked, list(both.notes)
         job = evaluation.job_of(both, [metric] if eval_data else [], eval_output)
-        rows = functools.partial(evaluation.look, both, beam_args=beam_args, threads=threads)
+
+        def look(job: Job, source: str, label: str = "label") -> Seen:
+            rows = evaluation.Rows(source, both.specs, both.features, label)
+            return evaluation.look(job, rows, both.programs, beam_args=beam_args, threads=threads)
+
         apart = dataclasses.replace(job, metrics=())
         if data is None:
             first, seen = _random(apart, both, seed)
         else:
             first = next(iter(batches.cut(data, both.specs, size=job.least, feature_spec=both.features)))
-            seen = rows(apart, data) if beam_args is None else Seen(apart)
+            seen = look(apart, data) if beam_args is None else Seen(apart)
         answers = [asked[0].run(both.programs[0], filled(first, job.least)) for _ in range(2)]
         if any(not np.array_equal(answers[0][n], v, equal_nan=v.dtype.kind == "f") for n, v in answers[1].items()):
             notes.append("A answers otherwise when asked again (state or random numbers): first answers are compared")
-        if data and beam_args is not None:
-            seen = rows(apart, data)
+        if beam_args is not None:
+            both.close()  # the workers open their own
+            seen = look(apart, data) if data else seen
         if seen.failures:
             raise TfoptError(seen.failures[1])
         pairs = [
@@ -161,7 +165,7 @@ def compare(
         for side, each in zip(sides, asked, strict=True):
             _cost(side, each.path, notes)
         if eval_data:
-            scored = evaluation.results(job, rows(job, eval_data, label=label), "AB")
+            scored = evaluation.results(job, look(job, eval_data, label), "AB")
             for side, result in zip(sides, scored, strict=True):
                 if result.failure:
                     raise TfoptError(result.failure)

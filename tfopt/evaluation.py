@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tfopt import batches, evaluation_bars
+from tfopt import batches, evaluation_bars, runtime
 from tfopt.counterparts import Counterparts, opened
 from tfopt.data import STRING, TensorSpec
 from tfopt.environment import need_beam
@@ -134,7 +134,10 @@ def evaluate(
     names = letters(len(paths))
     with opened(paths, names, signature, threads=threads, unsafe=allow_unsafe_deserialization) as together:
         job = job_of(together, metrics, output)
-        seen = look(together, job, source, label=label, batch_size=batch_size, beam_args=beam_args, threads=threads)
+        rows = Rows(source, together.specs, together.features, label)
+        if beam_args is not None:
+            together.close()
+        seen = look(job, rows, together.programs, batch_size=batch_size, beam_args=beam_args, threads=threads)
         notes = [*together.notes, *sorted(seen.warnings)]
         notes += [
             f"output {name!r} of {each} has no counterpart in A"
@@ -144,28 +147,45 @@ def evaluate(
     return Evaluation(results(job, seen, [str(path) for path in paths]), source, seen.rows, notes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Where rows come from; see `data.load` for all of it.
+
+    Attributes:
+      specs: the inputs, by the names of the first artifact.
+      features: what the model parses tf.Examples by.
+    """
+
+    source: str
+    specs: Mapping[str, TensorSpec]
+    features: Mapping[str, Any] | None = None
+    label: str = "label"
+
+
 def look(
-    together: Counterparts,
     job: Job,
-    source: str,
+    rows: Rows,
+    programs: Sequence[runtime.Program],
     *,
-    label: str = "label",
     batch_size: int = BATCH,
     beam_args: str | None = None,
     threads: int = 2,
 ) -> Seen:
-    """Reads the rows once, here or on Beam, whose workers open the artifacts themselves; arguments as of `evaluate`."""
+    """Reads the rows once, here or on Beam; arguments as of `evaluate`.
+
+    Args:
+      job: what to ask of which artifacts.
+      programs: these artifacts, opened; Beam's workers open them themselves.
+    """
     size = max(batch_size, job.least)
     if beam_args is None:
-        rows = batches.cut(source, together.specs, size=size, feature_spec=together.features, label=label)
-        return observe(job, together.programs, rows)
+        found = batches.cut(rows.source, rows.specs, size=size, feature_spec=rows.features, label=rows.label)
+        return observe(job, programs, found)
     need_beam("--beam_args")
     from tfopt.beam import evaluate as on_beam
 
-    together.close()
-    return on_beam.observe(
-        job, on_beam.ReadRows(source, together.specs, together.features, label, size), beam_args, threads
-    )
+    read = on_beam.ReadRows(rows.source, rows.specs, rows.features, rows.label, size)
+    return on_beam.observe(job, read, beam_args, threads)
 
 
 def letters(count: int) -> list[str]:
@@ -183,16 +203,25 @@ def job_of(together: Counterparts, metrics: Sequence[str], output: str | None) -
         if metric not in METRICS:
             raise TfoptError(f"--metric: unknown {metric!r}; choose from {', '.join(METRICS)}")
     outputs = together.programs[0].signatures[together.asked[0].signature].outputs
-    if metrics and output is None:
-        floats = [n for n, spec in outputs.items() if len(outputs) == 1 or _is_float(spec)]
+    scored = scored_output(metrics[0], outputs, output) if metrics else None
+    return Job(tuple(together.asked), tuple(metrics), scored, together.batch)
+
+
+def scored_output(metric: str, outputs: Mapping[str, TensorSpec], output: str | None) -> str:
+    """The output that a metric scores: the one that was named, or else the only one, or the only one of floats.
+
+    Raises:
+      TfoptError: there is none such, or several.
+    """
+    if output is None:
+        floats = [name for name, spec in outputs.items() if len(outputs) == 1 or _is_float(spec)]
         if len(floats) != 1:
-            raise TfoptError(
-                f"{metrics[0]}: which output holds the scores? Choose from {', '.join(sorted(floats or outputs))}"
-            )
+            have = ", ".join(sorted(floats or outputs))
+            raise TfoptError(f"{metric}: which output holds the scores? Choose from {have}")
         output = floats[0]
-    if metrics and output not in outputs:
-        raise TfoptError(f"{metrics[0]}: no output '{output}': choose from {', '.join(sorted(outputs))}")
-    return Job(tuple(together.asked), tuple(metrics), output, together.batch)
+    if output not in outputs:
+        raise TfoptError(f"{metric}: no output '{output}': choose from {', '.join(sorted(outputs))}")
+    return output
 
 
 def results(job: Job, seen: Seen, names: Sequence[str]) -> list[Result]:

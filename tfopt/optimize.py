@@ -27,7 +27,7 @@ from tfopt.model import load as load_model
 from tfopt.publish import Workspace
 from tfopt.report import Refusal, Report, Step
 from tfopt.rewrite import Log
-from tfopt.run_data import evaluation_rows, learning_data, main_signature
+from tfopt.run_data import all_evaluation_rows, evaluation_rows, learning_data, main_signature
 from tfopt.tfmot import check as tfmot
 from tfopt.verify import Verifier
 
@@ -130,7 +130,7 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         begun = time.monotonic()
         loaded = load_model(source, list(options.signatures) if options.signatures else None)
         loading = time.monotonic() - begun
-        evaluation = evaluation_rows(loaded, options)
+        evaluation, everything = evaluation_rows(loaded, options), all_evaluation_rows(loaded, options)
         globs = [given.get("inputs", "") for name, given in steps_wanted.steps if name == "broadcast_inputs"]
         once = [glob.strip() for each in globs for glob in each.split(",") if glob.strip()]
         verifier = Verifier(loaded, options.representative_data, options.seed, once)
@@ -146,6 +146,10 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
                 "evaluation": options.eval_data,
             },
         )
+        if evaluation and everything:
+            report.data["searched_on"] = (
+                f"the first {len(evaluation):,} rows of the evaluation data; artifacts: all of it"
+            )
         report.steps.append(_load_step(loaded, loading))
         report.model = _model_facts(model, loaded)
         report.warnings += _warnings(verifier)
@@ -179,6 +183,8 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
             comparison=verifier.inputs,
             random=frozenset(verifier.random),
             evaluation=evaluation,
+            everything=everything,
+            beam_args=options.beam_args,
             metric=options.metric,
             output=options.eval_output,
             max_accuracy_drop=options.max_accuracy_drop,

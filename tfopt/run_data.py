@@ -11,6 +11,7 @@ from absl import logging
 from tfopt import metrics, passes
 from tfopt.data import Dataset, batch_size, load
 from tfopt.errors import TfoptError
+from tfopt.evaluation import Rows
 from tfopt.function import Function
 from tfopt.model import Model
 from tfopt.serving.encode import encode
@@ -19,6 +20,8 @@ from tfopt.verify import features, input_specs
 
 if TYPE_CHECKING:
     from tfopt.optimize import Options
+
+ROWS_IN_MEMORY = 4096  # where Beam reads all rows, what needs them in memory takes the first of them
 
 _EVALUATION_BATCH = 100
 
@@ -32,15 +35,24 @@ def main_signature(model: Model) -> str:
 
 
 def evaluation_rows(model: Model, options: Options) -> Dataset | None:
-    """The labelled rows of --eval_data; None where it is not given."""
+    """The labelled rows of --eval_data, the first of them with --beam_args; None where it is not given."""
     if not options.eval_data:
         return None
-    return _labelled(model, "--eval_data", options.eval_data, options.label)
+    limit = None if options.beam_args is None else ROWS_IN_MEMORY
+    return _labelled(model, "--eval_data", options.eval_data, options.label, limit)
 
 
-def _labelled(model: Model, flag: str, source: str, label: str) -> Dataset:
+def all_evaluation_rows(model: Model, options: Options) -> Rows | None:
+    """Where Beam reads --eval_data; None without --beam_args."""
+    if not options.eval_data or options.beam_args is None:
+        return None
     name = main_signature(model)
-    data = load(source, input_specs(model, name), feature_spec=features(model, name), label=label)
+    return Rows(options.eval_data, input_specs(model, name), features(model, name), options.label)
+
+
+def _labelled(model: Model, flag: str, source: str, label: str, limit: int | None = None) -> Dataset:
+    name = main_signature(model)
+    data = load(source, input_specs(model, name), feature_spec=features(model, name), label=label, limit=limit)
     if data.labels is None:
         raise TfoptError(f"{flag}={source}: holds no labels under {label!r} (see --label)")
     return data

@@ -20,6 +20,8 @@ from tfopt.equivalence import Equivalence
 from tfopt.errors import TfoptError
 from tfopt.tally import Tally, tally
 
+_WARNINGS = 10  # of which each batch may have its own
+
 Key = tuple[int, str, int]  # artifact, or -1 for all; metric, or "" for the outputs; range of scores
 
 
@@ -48,7 +50,7 @@ class Seen:
       tallies: (index of the artifact, metric) -> its tally.
       equivalences: index of the artifact -> how far its outputs are from those of the first.
       failures: index of the artifact -> why it cannot be run; of several reasons the first by the alphabet.
-      warnings: about the data.
+      warnings: about the data, the first few by the alphabet.
     """
 
     def __init__(self, job: Job):
@@ -86,7 +88,7 @@ class Seen:
                     raise
                 self.failures[index] = str(error)
         self.rows += count
-        self.warnings.update(rows.warnings)
+        self._warn(rows.warnings)
 
     def _score(self, job: Job, index: int, outputs: runtime.Outputs, rows: Dataset) -> None:
         for metric in job.metrics:
@@ -110,7 +112,10 @@ class Seen:
             self.equivalences[index].merge(apart)
         for index, reason in other.failures.items():
             self.failures[index] = min(reason, self.failures.get(index, reason))
-        self.warnings |= other.warnings
+        self._warn(other.warnings)
+
+    def _warn(self, words: Iterable[str]) -> None:
+        self.warnings = set(sorted({*self.warnings, *words})[:_WARNINGS])
 
     def pieces(self) -> Iterator[tuple[Key, Any]]:
         """Everything in pieces by key: those of one key are merged, then `reduced`; `joined` makes a whole of them."""
