@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import itertools
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tfopt import data, readers
+from tfopt import data, readers, request_log
 from tfopt.data import Dataset, TensorSpec
 from tfopt.errors import TfoptError
 
 _MARK_BYTES = 32 << 20  # a file that is not gzipped is cut into parts of about this size
-_MASK = struct.Struct("<Q")
+_LENGTH = struct.Struct("<Q")
 
 
 class Part(NamedTuple):
@@ -31,6 +32,7 @@ class Part(NamedTuple):
         skip: rows from there that belong to the batch before.
         first: number of the first row.
         batches: how many; None for all to the end of the source.
+        notes: what a reader of the report should know about the source.
     """
 
     file: int = 0
@@ -38,13 +40,21 @@ class Part(NamedTuple):
     skip: int = 0
     first: int = 0
     batches: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Scan(NamedTuple):
-    """What must be known of a file to cut it: how many rows, and where some begin, as (row, offset)."""
+    """What must be known of a file to cut it.
+
+    Attributes:
+        rows: how many there are.
+        marks: where some of them begin, as (row, offset).
+        left_out: requests that hold no rows for the signature: (why, how many).
+    """
 
     rows: int
     marks: tuple[tuple[int, int], ...] = ((0, 0),)
+    left_out: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,14 +76,26 @@ class Batches:
     format: Any
 
     def __iter__(self) -> Iterator[Dataset]:
-        return self.read(Part())
+        part = Part(notes=self.notes([self.scan(file) for file in self.files])) if self._is_log else Part()
+        return self.read(part)
+
+    @property
+    def _is_log(self) -> bool:
+        return self.format is not None and not self.format.one_row_a_record
+
+    def notes(self, scans: Sequence[Scan]) -> tuple[str, ...]:
+        """What a reader of the report should know about the source: what was left out."""
+        left_out: Counter[str] = Counter()
+        for scan in scans:
+            left_out.update(dict(scan.left_out))
+        return request_log.left_out_text(self.source, left_out)
 
     @property
     def needs_scan(self) -> bool:
         """Whether parts can be made of it, and only after every file was scanned."""
         import tensorflow as tf
 
-        if self.format is None or len(self.files) > 1:
+        if self.format is None or self._is_log or len(self.files) > 1:
             return self.format is not None
         file = self.files[0]
         return tf.io.gfile.stat(file).length >= 2 * _MARK_BYTES and not readers.is_gzip(file)
@@ -96,15 +118,17 @@ class Batches:
         rows = iter(itertools.islice(self._rows(part), part.skip, None if end is None else part.skip + end))
         while batch := list(itertools.islice(rows, self.size)):
             arrays, labels = self.format.arrays(batch)
-            yield data.fit(self.source, arrays, labels, self.specs, start=first)
+            yield data.fit(self.source, arrays, labels, self.specs, start=first, notes=part.notes)
             first += len(batch)
         if first == 0:
-            raise TfoptError(f"{self.source}: holds no rows")
+            raise TfoptError(_empty(self.source, part.notes))
 
     def scan(self, file: str) -> Scan:
         """Counts the rows of a file, and finds places in it at which parts can begin."""
-        if readers.is_gzip(file) or not self.format.one_row_a_record:
-            return Scan(sum(1 for _ in self.format.rows(readers.records_of(file))))
+        if readers.is_gzip(file) or self._is_log:
+            left_out: Counter[str] = Counter()
+            rows = sum(1 for _ in self.format.rows(readers.records_of(file), left_out))
+            return Scan(rows, left_out=tuple(sorted(left_out.items())))
         marks = list(_offsets(file))
         kept, due = [(0, 0)], _MARK_BYTES
         for row, offset in enumerate(marks):
@@ -120,8 +144,9 @@ class Batches:
             scans: one for each file.
         """
         total = sum(scan.rows for scan in scans)
+        notes = self.notes(scans)
         if not total:
-            raise TfoptError(f"{self.source}: holds no rows")
+            raise TfoptError(_empty(self.source, notes))
         stop = total if self.limit is None else min(total, self.limit)
         found, start = [], 0
         for file, scan in enumerate(scans):
@@ -129,7 +154,7 @@ class Batches:
             for (row, offset), end in zip(scan.marks, ends, strict=True):
                 first, last = (-(-min(r, stop) // self.size) * self.size for r in (start + row, start + end))
                 if first < min(last, stop):
-                    found.append(Part(file, offset, first - start - row, first, (last - first) // self.size))
+                    found.append(Part(file, offset, first - start - row, first, (last - first) // self.size, notes))
             start += scan.rows
         return found
 
@@ -148,6 +173,7 @@ def cut(
     feature_spec: Mapping[str, Any] | None = None,
     label: str = "label",
     limit: int | None = None,
+    signature: str | None = None,
 ) -> Batches:
     """Opens a source, of the forms of `data.load`; reads no more of it than the first record.
 
@@ -158,6 +184,7 @@ def cut(
         feature_spec: what the model parses tf.Examples by.
         label: the array or feature that holds the labels.
         limit: read no more than this many rows.
+        signature: its name, which logged requests must name.
 
     Raises:
         TfoptError: the source is missing or empty, or the first record does not fit.
@@ -170,11 +197,17 @@ def cut(
     first = next(itertools.chain.from_iterable(map(readers.records_of, files)), None)
     if first is None:
         raise TfoptError(f"{source}: holds no rows")
-    found = readers.example_format(source, first, specs, feature_spec, label)
-    arrays, labels = found.arrays(list(itertools.islice(found.rows([first]), 1)))
+    found = readers.format_of(source, first, specs, feature_spec, label, signature)
+    rows = list(itertools.islice(found.rows([first]), 1))
+    arrays, labels = found.arrays(rows) if rows else ({}, None)
     data.require_labels(source, arrays, labels, label)
-    data.fit(source, arrays, labels, specs)
+    if rows:
+        data.fit(source, arrays, labels, specs)
     return Batches(source, specs, label, limit, size, tuple(files), found)
+
+
+def _empty(source: str, notes: Sequence[str]) -> str:
+    return "; ".join([f"{source}: holds no rows for these inputs", *notes])
 
 
 def _offsets(file: str) -> Iterator[int]:
@@ -185,10 +218,10 @@ def _offsets(file: str) -> Iterator[int]:
         end, offset = stream.size(), 0
         while offset < end:
             stream.seek(offset)
-            header = stream.read(_MASK.size)
-            if len(header) < _MASK.size:
+            header = stream.read(_LENGTH.size)
+            if len(header) < _LENGTH.size:
                 raise TfoptError(f"{file}: not a TFRecord file, or a damaged one: ends inside a record at {offset}")
             yield offset
-            offset += _MASK.unpack(header)[0] + 16
+            offset += _LENGTH.unpack(header)[0] + 16
         if offset != end:
             raise TfoptError(f"{file}: not a TFRecord file, or a damaged one: ends inside its last record")

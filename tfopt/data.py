@@ -98,6 +98,7 @@ def load(
     feature_spec: Mapping[str, Any] | None = None,
     label: str = "label",
     limit: int | None = None,
+    signature: str | None = None,
 ) -> Dataset:
     """Reads rows for a signature.
 
@@ -114,6 +115,7 @@ def load(
             it does not name are parsed by the dtype and shape of the input of that name.
         label: the array or feature that holds the labels; there need be none where it is "label".
         limit: read no more than this many rows.
+        signature: its name, which logged requests must name; None takes those that name its inputs.
 
     Raises:
         TfoptError: the source is missing, empty, cannot be read or does not fit `specs`.
@@ -122,15 +124,16 @@ def load(
         raise TfoptError(f"{source}: the number of rows to read must be at least 1, received {limit}")
     from tfopt import readers  # which need the types above
 
+    notes: tuple[str, ...] = ()
     if source.startswith("python:"):
         arrays, labels = readers.read_function(source, specs, limit)
     elif source.endswith(".npz"):
         arrays = readers.read_npz(source)
         labels = arrays.get(label) if label in specs else arrays.pop(label, None)
     else:
-        arrays, labels = readers.read_tfrecords(source, specs, feature_spec, label, limit)
+        arrays, labels, notes = readers.read_tfrecords(source, specs, feature_spec, label, limit, signature)
     require_labels(source, arrays, labels, label)
-    return fit(source, arrays, labels, specs, limit)
+    return fit(source, arrays, labels, specs, limit, notes=notes)
 
 
 def probes(
@@ -192,12 +195,14 @@ def fit(
     specs: Mapping[str, TensorSpec],
     limit: int | None = None,
     start: int = 0,
+    notes: Sequence[str] = (),
 ) -> Dataset:
     """Checks names, row counts, shapes and values; casts; returns what the signature can be fed."""
     missing = [str(spec) for name, spec in specs.items() if name not in arrays]
     if missing:
         raise TfoptError(f"{source}: wants {', '.join(missing)}; received {_names(arrays) or 'nothing'}")
-    warnings = [f"{source}: '{n}' is not an input of the model: ignored" for n in arrays.keys() - specs.keys()]
+    warnings = [*notes]
+    warnings += [f"{source}: '{n}' is not an input of the model: ignored" for n in arrays.keys() - specs.keys()]
     whole = whole_inputs(specs)
     inputs: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}

@@ -8,6 +8,7 @@ import itertools
 import sys
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tfopt import examples
+from tfopt import examples, request_log
 from tfopt.data import TensorSpec, whole_inputs
 from tfopt.errors import TfoptError
 
@@ -66,8 +67,8 @@ class ExampleFormat:
     label: Mapping[str, Any]
     one_row_a_record = True
 
-    def rows(self, records: Iterable[bytes]) -> Iterable[Any]:
-        """The rows of records: a tf.Example is one."""
+    def rows(self, records: Iterable[bytes], left_out: Counter[str] | None = None) -> Iterable[Any]:
+        """The rows of records: a tf.Example is one, and none is left out."""
         return records
 
     def arrays(self, rows: Sequence[Any]) -> tuple[Arrays, np.ndarray | None]:
@@ -97,16 +98,40 @@ def example_format(
     return ExampleFormat(source, specs, features, serialized, checked, examples.label_feature(held, label))
 
 
+def format_of(
+    source: str,
+    first: bytes,
+    specs: Mapping[str, TensorSpec],
+    feature_spec: Mapping[str, Any] | None,
+    label: str,
+    signature: str | None,
+) -> ExampleFormat | request_log.LogFormat:
+    """Decides by the first record how all of a source are read."""
+    if request_log.is_logged(first):
+        return request_log.LogFormat(source, specs, signature)
+    return example_format(source, first, specs, feature_spec, label)
+
+
 def read_tfrecords(
     source: str,
     specs: Mapping[str, TensorSpec],
     feature_spec: Mapping[str, Any] | None,
     label: str,
     limit: int | None,
-) -> tuple[Arrays, np.ndarray | None]:
-    """Reads tf.Examples, as they are or parsed (see `tfopt.data.load`), and the feature that holds the labels."""
-    records = tf_records(source, limit)
-    return example_format(source, records[0], specs, feature_spec, label).arrays(records)
+    signature: str | None = None,
+) -> tuple[Arrays, np.ndarray | None, tuple[str, ...]]:
+    """Reads tf.Examples or logged requests (see `tfopt.data.load`), labels, and what to know about the data."""
+    records = itertools.chain.from_iterable(map(records_of, record_files(source)))
+    first = next(records, None)
+    if first is None:
+        raise TfoptError(f"{source}: holds no rows")
+    found = format_of(source, first, specs, feature_spec, label, signature)
+    left_out: Counter[str] = Counter()
+    rows = list(itertools.islice(found.rows(itertools.chain([first], records), left_out), limit))
+    warnings = request_log.left_out_text(source, left_out)
+    if not rows:
+        raise TfoptError("; ".join([f"{source}: holds no rows for these inputs", *warnings]))
+    return *found.arrays(rows), warnings
 
 
 def read_function(source: str, specs: Mapping[str, TensorSpec], limit: int | None) -> tuple[Arrays, np.ndarray | None]:
@@ -162,11 +187,15 @@ def records_of(file: str, offset: int = 0) -> Iterator[bytes]:
 
     try:
         compression = "GZIP" if is_gzip(file) else ""
-        if offset:
-            variant = tf.raw_ops.TFRecordDatasetV2(
-                filenames=[file], compression_type=compression, buffer_size=1 << 18, byte_offsets=[offset]
-            )
-            dataset = tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string))
+        if offset:  # inside a function, as TensorFlow cannot serialize this op with the pipeline around it
+
+            def rest(start: Any) -> Any:
+                variant = tf.raw_ops.TFRecordDatasetV2(
+                    filenames=[file], compression_type="", buffer_size=1 << 18, byte_offsets=[start]
+                )
+                return tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string))
+
+            dataset = tf.data.Dataset.from_tensors(tf.constant(offset, tf.int64)).flat_map(rest)
         else:
             dataset = tf.data.TFRecordDataset(file, compression_type=compression)
         for records in dataset.batch(64).as_numpy_iterator():

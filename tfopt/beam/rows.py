@@ -31,6 +31,7 @@ class ReadRows(beam.PTransform):
         label: str = "label",
         batch_size: int | None = None,
         limit: int | None = None,
+        signature: str | None = None,
     ):
         """Opens the source, and reads its first record.
 
@@ -41,13 +42,16 @@ class ReadRows(beam.PTransform):
           label: the array or feature that holds the labels.
           batch_size: rows of a batch; None takes the signature's fixed batch, or else `ROWS`.
           limit: read no more than this many rows, the first ones.
+          signature: its name, which logged requests must name.
 
         Raises:
           TfoptError: the source is missing or empty, or does not fit.
         """
         super().__init__()
         size = batch_size or fixed_batch(specs, ROWS)
-        self.batches = batches.cut(source, specs, size=size, feature_spec=feature_spec, label=label, limit=limit)
+        self.batches = batches.cut(
+            source, specs, size=size, feature_spec=feature_spec, label=label, limit=limit, signature=signature
+        )
 
     def expand(self, start: beam.pvalue.PBegin) -> beam.PCollection:
         """Scans the files where that is needed, cuts them into parts, and reads these."""

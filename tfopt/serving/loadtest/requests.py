@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tfopt import data
+from tfopt import data, request_log
 from tfopt.errors import TfoptError
 from tfopt.readers import tf_records
 from tfopt.runtime import Signature
@@ -18,7 +18,6 @@ from tfopt.serving.loadtest.engine import Check
 from tfopt.serving.loadtest.plan import REST, Request, Target
 
 _MOST = 1000  # different requests; then they are sent again
-_METHODS = {"predict_log": "Predict", "classify_log": "Classify", "regress_log": "Regress"}
 
 
 def from_rows(target: Target, signature: Signature, rows: data.Dataset, per_request: int = 1) -> list[Request]:
@@ -75,7 +74,7 @@ def holds_requests(source: str) -> bool:
     """Whether a source is a TFRecord file of PredictionLogs or PredictRequests, and not of tf.Examples."""
     if source.startswith("python:") or source.endswith(".npz"):
         return False
-    return _ready(tf_records(source, 1)[0]) is not None
+    return request_log.request(tf_records(source, 1)[0]) is not None
 
 
 def from_file(target: Target, source: str) -> list[Request]:
@@ -86,7 +85,7 @@ def from_file(target: Target, source: str) -> list[Request]:
     """
     requests = []
     for number, record in enumerate(tf_records(source, _MOST)):
-        ready = _ready(record)
+        ready = request_log.request(record)
         if ready is None:
             raise TfoptError(f"{source}: record {number} is neither a PredictionLog nor a PredictRequest")
         method, message = ready
@@ -140,28 +139,6 @@ def checker(signature: Signature, target: Target) -> Check:
         return "not finite" if any(word in body for word in (b"NaN", b"Infinity")) else None
 
     return rest_check if target.protocol == REST else grpc_check
-
-
-def _ready(record: bytes) -> tuple[str, Any] | None:
-    """A PredictionLog's or PredictRequest's method and message; a tf.Example has field 1 only, and is neither."""
-    from google.protobuf.message import DecodeError
-    from tensorflow_serving.apis.predict_pb2 import PredictRequest
-    from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
-
-    try:
-        log = PredictionLog.FromString(record)
-        kind = log.WhichOneof("log_type")
-        if kind in _METHODS and getattr(log, kind).request.ByteSize():
-            return _METHODS[kind], getattr(log, kind).request
-    except DecodeError:
-        pass
-    try:
-        request = PredictRequest.FromString(record)
-        if request.inputs and all(tensor.dtype for tensor in request.inputs.values()):
-            return "Predict", request
-    except DecodeError:
-        pass
-    return None
 
 
 def _rows(message: Any) -> int:
