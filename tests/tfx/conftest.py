@@ -21,7 +21,7 @@ class Local:
 
         return metadata.sqlite_metadata_connection_config(str(self.root / "metadata.db"))
 
-    def run(self, *components: Any, beam_args: list[str] | None = None, **parameters: Any) -> None:
+    def run(self, *components: Any, beam_args: list[str] | None = None) -> None:
         """Runs the components, which are given in any order."""
         from tfx.orchestration import pipeline
         from tfx.orchestration.local.local_dag_runner import LocalDagRunner
@@ -34,7 +34,7 @@ class Local:
             metadata_connection_config=self.config,
             beam_pipeline_args=beam_args,
         )
-        LocalDagRunner().run(made, **parameters)
+        LocalDagRunner().run(made)
 
     def store(self) -> Any:
         from ml_metadata import MetadataStore

@@ -84,7 +84,7 @@ def _is(value: Any, kind: Any) -> bool:
 class OptimizationReport(Artifact):
     """report.json and report.html of a run of tfopt, with what matters most as properties.
 
-    Properties; what was not measured is not set:
+    Properties; what was not measured is not set, and nothing of a model that was rejected:
       tfopt_version: of the run.
       recipe: its name.
       original_bytes, optimized_bytes: all files of the Serving model, before and after.
@@ -132,7 +132,8 @@ def properties(report: Report) -> dict[str, Value]:
     }
     by_name = {a.name: a for a in report.artifacts}
     for prefix, name in (("original", "original"), ("optimized", "serving")):
-        if (artifact := by_name.get(name)) is None:
+        artifact = by_name.get(name)
+        if artifact is None or artifact.rejected:
             continue
         found[f"{prefix}_bytes"], found[f"{prefix}_gzip_bytes"] = artifact.bytes, artifact.gzip_bytes
         found[f"{prefix}_latency_ms_p50"] = artifact.latency_ms_p50
@@ -174,12 +175,12 @@ def serving_model(artifact: Artifact) -> str:
     uri = artifact.uri.rstrip("/")
     tried = [posixpath.join(uri, path_constants.SERVING_MODEL_DIR), posixpath.join(uri, _OLD_SERVING), uri]
     export = posixpath.join(uri, _OLD_SERVING, "export")
-    tried += [path for name in _folders(export) for path in _versions(posixpath.join(export, name))]
+    tried += [path for name in folders(export) for path in _versions(posixpath.join(export, name))]
     tried += _versions(tried[0]) + _versions(uri)
     for path in tried:
         if fileio.exists(posixpath.join(path, _MODEL)):
             return path
-    holds = ", ".join(_folders(uri)) or "no directory"
+    holds = ", ".join(folders(uri)) or "no directory"
     raise TfoptError(
         f"{uri}: no {_MODEL} in it, in Format-Serving/, {_OLD_SERVING}/ or a version directory; it holds {holds}"
     )
@@ -253,7 +254,7 @@ def outcome(executor: Any, work: Callable[[], None]) -> ExecutorOutput | None:
     return None
 
 
-def _folders(path: str) -> list[str]:
+def folders(path: str) -> list[str]:
     """The names of the directories of a directory; none where it is none."""
     if not fileio.isdir(path):
         return []
@@ -263,5 +264,5 @@ def _folders(path: str) -> list[str]:
 
 def _versions(path: str) -> list[str]:
     """The version directories below a directory, the latest first."""
-    numbers = [name for name in _folders(path) if name.isdigit()]
+    numbers = [name for name in folders(path) if name.isdigit()]
     return [posixpath.join(path, name) for name in sorted(numbers, key=int, reverse=True)]

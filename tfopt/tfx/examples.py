@@ -11,6 +11,7 @@ from tfx.types.artifact import Artifact
 
 from tfopt.errors import TfoptError
 from tfopt.readers import tf_records
+from tfopt.tfx.artifacts import folders
 
 _PAYLOAD = "FORMAT_TF_EXAMPLE"
 _FILES = ("tfrecords_gzip", "FORMAT_TFRECORDS_GZIP", "tfrecords")
@@ -64,7 +65,7 @@ def _glob(artifact: Artifact, split: str) -> str:
     for folder in (f"Split-{split}", split):  # the second is TFX's before 0.29
         if fileio.isdir(posixpath.join(uri, folder)):
             return posixpath.join(uri, folder, "*")
-    names = sorted(name.rstrip("/").removeprefix("Split-") for name in fileio.listdir(uri)) if fileio.isdir(uri) else []
+    names = [name.removeprefix("Split-") for name in folders(uri)]
     raise TfoptError(f"{uri}: the examples have no split {split!r}; they have: {', '.join(names) or 'none'}")
 
 
