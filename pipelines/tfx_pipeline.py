@@ -16,6 +16,7 @@ import importlib.util
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,40 +41,24 @@ RECIPE = [
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("data_root", None, "Folder of CSV files.", required=True)
-flags.DEFINE_string("pipeline_root", None, "Folder of what the components make.", required=True)
-flags.DEFINE_string("metadata", None, "SQLite file of ML Metadata; made where it is missing.")
-flags.DEFINE_string("serving_dir", None, "Where the Pusher pushes the serving model to.", required=True)
-flags.DEFINE_string("device_dir", None, "Where the DevicePusher pushes the TFLite files to.", required=True)
-flags.DEFINE_string("module_file", None, "File of run_fn, instead of pipelines/taxi_trainer.py.")
-flags.DEFINE_integer("train_steps", 400, "Batches to train on.", lower_bound=1)
-flags.DEFINE_string("label", None, "Column of the labels; where not given, tips of more than 20% of the fare: big_tip.")
-flags.DEFINE_string("metric", "auc", "Scores the original and the optimized models: accuracy, auc, rmse, ...")
-flags.DEFINE_string("recipe", None, "Named recipe, JSON or .json file, instead of one of this script.")
-flags.DEFINE_list("tflite", ["dynamic_int8"], "TFLite files for devices; none where empty.")
-flags.DEFINE_enum("verify", "on", ["on", "off"], "Compare outputs before and after each pass.")
-flags.DEFINE_float("max_accuracy_drop", 0.01, "Bar: --metric may be worse than the original's by so much.")
-flags.DEFINE_float("max_error", None, "Bar: largest error of the serving model, over the scale of the output.")
-flags.DEFINE_string("beam_args", None, "Arguments of Beam, such as --beam_args='--runner=DirectRunner ...'.")
-flags.DEFINE_string("compile_to", None, "Write this .json or .yaml for Kubeflow Pipelines or Vertex, and run nothing.")
-flags.DEFINE_string("image", None, "Container image that holds tfopt[tfx], for --compile_to.")
-
 
 def create_pipeline(
     *,
     data_root: str,
     pipeline_root: str,
     serving_dir: str,
-    device_dir: str,
+    device_dir: str | None = None,
     metadata: str | None = None,
     module_file: str | None = None,
     train_steps: int = 400,
     label: str | None = None,
     metric: str = "auc",
+    max_accuracy_drop: float | None = 0.01,
+    max_error: float | None = None,
     recipe: str | list[Any] | None = None,
     tflite: Sequence[str] = ("dynamic_int8",),
     verify: bool = True,
-    bars: dict[str, float] | None = None,
+    measure_latency: bool = True,
     beam_args: str | None = None,
 ) -> Any:
     """Makes the pipeline.
@@ -82,22 +67,23 @@ def create_pipeline(
       data_root: folder of CSV files, as `CsvExampleGen` reads them.
       pipeline_root: folder of the artifacts.
       serving_dir: the Pusher makes versions in it.
-      device_dir: the DevicePusher does so.
+      device_dir: the DevicePusher does so; there is none where `tflite` is empty.
       metadata: SQLite file; None leaves metadata to the orchestrator.
       module_file: of the Trainer.
       train_steps: batches.
       label: column of the CSV; None adds `big_tip` to Chicago's taxi trips.
       metric: of `tfopt.metrics.METRICS`.
+      max_accuracy_drop: how much worse than the original's it may be, for the serving model and for TFLite files.
+      max_error: largest error of the serving model, over the scale of the output; None does not look at it.
       recipe: a name, JSON, or a .json file; None takes `RECIPE`.
       tflite: names of files for devices.
       verify: check each pass.
-      bars: of the `OptimizationValidator`.
-      beam_args: for all components that run on Beam.
+      measure_latency: and memory, of each artifact.
+      beam_args: for all components that run on Beam; None has the rows of the OptimizationValidator read without Beam.
 
     Returns:
       A tfx.orchestration.pipeline.Pipeline.
     """
-    from tfopt.tfx.optimization_validator import OptimizationValidator
     from tfx.components.example_gen.csv_example_gen.component import CsvExampleGen
     from tfx.components.pusher.component import Pusher
     from tfx.components.schema_gen.component import SchemaGen
@@ -109,9 +95,11 @@ def create_pipeline(
 
     from pipelines.taxi_examples import TaxiExampleGen, csv_files
     from tfopt.tfx.device_pusher import DevicePusher
+    from tfopt.tfx.optimization_validator import OptimizationValidator
     from tfopt.tfx.optimizer import Optimizer
 
     example_gen = CsvExampleGen(data_root, csv_files()) if label else TaxiExampleGen(data_root)
+    label = label or taxi_trainer.LABEL
     examples = example_gen.outputs["examples"]
     statistics_gen = StatisticsGen(examples=examples)
     schema_gen = SchemaGen(statistics=statistics_gen.outputs["statistics"])
@@ -127,37 +115,40 @@ def create_pipeline(
         examples=examples,
         recipe=RECIPE if recipe is None else recipe,
         options={
-            "label": label or taxi_trainer.LABEL,
+            "label": label,
             "metric": metric,
             "tflite": list(tflite),
             "verify": verify,
+            "measure_latency": measure_latency,
             "keep_example_signature": False,  # a TFLite file holds all signatures
         },
     )
+    made = optimizer.outputs
+    bars = {"metrics": [metric], "label": label, "max_accuracy_drop": max_accuracy_drop, "max_error": max_error}
     validator = OptimizationValidator(
         model=trainer.outputs["model"],
-        optimized_model=optimizer.outputs["optimized_model"],
-        tflite_model=optimizer.outputs["tflite_model"],
+        optimized_model=made["optimized_model"],
+        tflite_model=made["tflite_model"] if tflite else None,
         examples=examples,
-        bars=bars or {},
+        bars={name: value for name, value in bars.items() if value is not None},
     )
-    blessing = validator.outputs["blessing"]
     filesystem = pusher_pb2.PushDestination.Filesystem(base_directory=serving_dir)
     pusher = Pusher(
-        model=optimizer.outputs["optimized_model"],
-        model_blessing=blessing,
+        model=made["optimized_model"],
+        model_blessing=validator.outputs["blessing"],
         push_destination=pusher_pb2.PushDestination(filesystem=filesystem),
     )
-    device_pusher = DevicePusher(
-        tflite_model=optimizer.outputs["tflite_model"], blessing=blessing, push_destination=device_dir
-    )
+    components = [example_gen, statistics_gen, schema_gen, trainer, optimizer, validator, pusher]
+    if tflite:
+        tflite_blessing = validator.outputs["tflite_blessing"]
+        components.append(DevicePusher(made["tflite_model"], tflite_blessing, device_dir))
+    if beam_args is None:
+        for component in (example_gen, statistics_gen):  # Beam's own choice would be a runner that it downloads
+            component.with_beam_pipeline_args(["--runner=FnApiRunner"])
     return pipeline.Pipeline(
         pipeline_name=NAME,
         pipeline_root=pipeline_root,
-        components=[
-            *(example_gen, statistics_gen, schema_gen, trainer),
-            *(optimizer, validator, pusher, device_pusher),
-        ],
+        components=components,
         enable_cache=True,
         metadata_connection_config=sqlite_metadata_connection_config(metadata) if metadata else None,
         beam_pipeline_args=shlex.split(beam_args) if beam_args else None,
@@ -177,53 +168,57 @@ def main(argv: Sequence[str]) -> int:
     """Turns flags into a pipeline, runs or compiles it, and tells what came of it."""
     if argv[1:]:
         raise TfoptError(f"tfx_pipeline takes flags only; received {' '.join(argv[1:])}")
+    if FLAGS.tflite and not FLAGS.device_dir:
+        raise TfoptError("give --device_dir, where TFLite files are pushed to, or --tflite= for none")
     if FLAGS.compile_to:
         return _compile()
-    if FLAGS.metadata is None:
+    if not FLAGS.metadata:
         raise TfoptError("give --metadata, the SQLite file of ML Metadata")
-    if not list(Path(FLAGS.data_root).glob("*.csv")):
+    if "://" not in FLAGS.data_root and not list(Path(FLAGS.data_root).glob("*.csv")):
         raise TfoptError(f"--data_root={FLAGS.data_root}: no .csv file in this folder")
     if FLAGS.module_file and not Path(FLAGS.module_file).is_file():
         raise TfoptError(f"--module_file={FLAGS.module_file}: no such file")
     _need_tfx()
     from tfx.orchestration.local.local_dag_runner import LocalDagRunner
 
-    from tfopt.tfx import lineage
+    from tfopt.tfx import last_run, lineage
 
-    Path(FLAGS.metadata).absolute().parent.mkdir(parents=True, exist_ok=True)
-    pipeline = _from_flags(_absolute, metadata=str(Path(FLAGS.metadata).absolute()))
-    failure = None
+    metadata = Path(FLAGS.metadata).absolute()
+    if metadata.exists():
+        lineage.open_store(metadata)  # or TFX would make its tables in whatever it is
+    metadata.parent.mkdir(parents=True, exist_ok=True)
+    pipeline = _from_flags(_absolute, metadata=str(metadata))
     try:
-        with _output_to_stderr():
+        with _quiet():
             LocalDagRunner().run(pipeline)
     except Exception as error:  # of any component
         logging.debug("a component failed", exc_info=True)
-        failure = error
-    run = lineage.last_run(FLAGS.metadata, NAME)
-    if failure is not None:
-        failed = [each for each in run.executions.values() if each.state == "FAILED"]
+        failed = [e for e in last_run.last_run(FLAGS.metadata, NAME).executions.values() if e.state == "FAILED"]
         where = f"{failed[-1].component} failed: " if failed else ""
-        raise TfoptError(f"{where}{type(failure).__name__}: {one_line(failure)} (--verbosity=1 shows where)")
-    print(summary(run), end="")
-    return 0 if blessing(run).properties.get("blessed") else 1
+        raise TfoptError(where + one_line(error).rpartition(" and error message ")[2]) from error
+    run = last_run.last_run(FLAGS.metadata, NAME)
+    print(last_run.summary(run), end="")
+    pushed = last_run.outputs(run, lineage.PUSHED)
+    return 0 if all(artifact.properties.get("pushed") for artifact in pushed.values()) else 1
 
 
 def _from_flags(place: Callable[[str], str], **others: Any) -> Any:
     """The pipeline of the flags; `place` is applied to its folders."""
-    bars = {name: FLAGS[name].value for name in ("max_accuracy_drop", "max_error")}
     return create_pipeline(
         data_root=place(FLAGS.data_root),
         pipeline_root=place(FLAGS.pipeline_root),
         serving_dir=place(FLAGS.serving_dir),
-        device_dir=place(FLAGS.device_dir),
+        device_dir=place(FLAGS.device_dir or ""),
         module_file=FLAGS.module_file,
         train_steps=FLAGS.train_steps,
         label=FLAGS.label,
         metric=FLAGS.metric,
+        max_accuracy_drop=FLAGS.max_accuracy_drop,
+        max_error=FLAGS.max_error,
         recipe=FLAGS.recipe,
         tflite=FLAGS.tflite,
         verify=FLAGS.verify == "on",
-        bars={name: value for name, value in bars.items() if value is not None},
+        measure_latency=FLAGS.measure_latency,
         beam_args=FLAGS.beam_args,
         **others,
     )
@@ -231,8 +226,8 @@ def _from_flags(place: Callable[[str], str], **others: Any) -> Any:
 
 def _compile() -> int:
     """Writes the pipeline for Kubeflow Pipelines or Vertex."""
-    if not FLAGS.compile_to.endswith((".json", ".yaml")):
-        raise TfoptError(f"--compile_to={FLAGS.compile_to}: the name must end in .json or .yaml")
+    if not FLAGS.compile_to.endswith(".json"):
+        raise TfoptError(f"--compile_to={FLAGS.compile_to}: the name must end in .json")
     if not FLAGS.image:
         raise TfoptError("--compile_to needs --image, a container image that holds tfopt[tfx]")
     _need_tfx()
@@ -241,29 +236,6 @@ def _compile() -> int:
     ir.compile_pipeline(_from_flags(str), FLAGS.compile_to, FLAGS.image)
     print(f"{FLAGS.compile_to}: for Kubeflow Pipelines and Vertex")
     return 0
-
-
-def blessing(run: Any) -> Any:
-    """The ModelBlessing among the artifacts of a run (see `tfopt.tfx.lineage.last_run`)."""
-    return next(run.artifacts[number] for number in run.roots if run.artifacts[number].type == "ModelBlessing")
-
-
-def summary(run: Any) -> str:
-    """What ran and what came from the cache, the blessing with its reasons, and where models were pushed."""
-    lines = []
-    for each in run.executions.values():
-        lines.append(f"{each.component:<{24}}{'cached' if each.state == 'CACHED' else 'ran':<8}execution {each.id}")
-    facts = blessing(run).properties
-    lines += ["", "blessed" if facts.get("blessed") else "NOT BLESSED"]
-    lines += [f"  {name} = {value}" for name, value in facts.items() if name != "blessed"]
-    lines.append("")
-    for each in run.executions.values():
-        for name, number in each.outputs:
-            if name == "pushed_model":
-                properties = run.artifacts[number].properties
-                place = properties.get("pushed_destination") if properties.get("pushed") else "nothing was pushed"
-                lines.append(f"{each.component}: {place}")
-    return "\n".join(lines) + "\n"
 
 
 def _absolute(path: str) -> str:
@@ -276,8 +248,14 @@ def _need_tfx() -> None:
 
 
 @contextlib.contextmanager
-def _output_to_stderr() -> Iterator[None]:
-    """Sends what components and their processes print to standard error: standard output is for the summary."""
+def _quiet() -> Iterator[None]:
+    """Keeps standard output for the summary: what components print goes to standard error, and no log below warnings.
+
+    --verbosity=1 shows everything.
+    """
+    if not FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+        warnings.simplefilter("ignore")
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -291,6 +269,27 @@ def _output_to_stderr() -> Iterator[None]:
 
 def run() -> None:
     """Entry point of `python -m pipelines.tfx_pipeline`."""
+    # Defined here, so that create_pipeline can be imported beside another script with flags of these names.
+    flags.DEFINE_string("data_root", None, "Folder of CSV files.", required=True)
+    flags.DEFINE_string("pipeline_root", None, "Folder of what the components make.", required=True)
+    flags.DEFINE_string("metadata", None, "SQLite file of ML Metadata; made where it is missing.")
+    flags.DEFINE_string("serving_dir", None, "Where the Pusher pushes the serving model to.", required=True)
+    flags.DEFINE_string("device_dir", None, "Where the DevicePusher pushes the TFLite files to.")
+    flags.DEFINE_string("module_file", None, "File of run_fn, instead of pipelines/taxi_trainer.py.")
+    flags.DEFINE_integer("train_steps", 400, "Batches to train on.", lower_bound=1)
+    flags.DEFINE_string(
+        "label", None, "Column of the labels; the default is big_tip, tips of more than 20% of the fare."
+    )
+    flags.DEFINE_string("metric", "auc", "Scores the original and the optimized models: accuracy, auc, rmse, ...")
+    flags.DEFINE_string("recipe", None, "Named recipe, JSON or .json file, instead of one of this script.")
+    flags.DEFINE_list("tflite", ["dynamic_int8"], "TFLite files for devices; none where empty.")
+    flags.DEFINE_enum("verify", "on", ["on", "off"], "Compare outputs before and after each pass.")
+    flags.DEFINE_bool("measure_latency", True, "Measure latency and memory, each artifact in a process of its own.")
+    flags.DEFINE_float("max_accuracy_drop", 0.01, "Bar: --metric may be worse than the original's by so much.")
+    flags.DEFINE_float("max_error", None, "Bar: largest error of the serving model, over the scale of the output.")
+    flags.DEFINE_string("beam_args", None, "Arguments of Beam, such as --beam_args='--runner=DirectRunner ...'.")
+    flags.DEFINE_string("compile_to", None, "Write a .json for Kubeflow Pipelines and Vertex, and run nothing.")
+    flags.DEFINE_string("image", None, "Container image that holds tfopt[tfx], for --compile_to.")
     isolate.run(main)
 
 

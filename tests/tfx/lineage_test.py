@@ -17,6 +17,7 @@ from ml_metadata.proto import metadata_store_pb2 as mlmd
 from tests.conftest import REPO
 from tfopt.errors import TfoptError
 from tfopt.tfx import lineage
+from tfopt.tfx.last_run import last_run
 
 PIPELINE = "taxi"
 
@@ -134,17 +135,17 @@ def test_upstream_only(metadata):
 
 
 def test_last_run_of_a_pipeline(metadata):
-    run = lineage.last_run(metadata, PIPELINE)
+    run = last_run(metadata, PIPELINE)
     assert [(each.component, each.state) for each in run.executions.values()] == [
         ("CsvExampleGen", "CACHED"),
         ("Trainer", "CACHED"),
         ("Pusher", "COMPLETE"),
     ]
     assert run.roots == (1, 2, 5)
-    (failed,) = lineage.last_run(metadata, "another").executions.values()
+    (failed,) = last_run(metadata, "another").executions.values()
     assert failed.state == "FAILED"
     with pytest.raises(TfoptError, match="no run of a pipeline 'tax'"):
-        lineage.last_run(metadata, "tax")
+        last_run(metadata, "tax")
 
 
 def command(*flags):

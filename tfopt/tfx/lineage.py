@@ -23,11 +23,10 @@ PUSHED = "PushedModel"
 _INPUTS = (mlmd.Event.INPUT, mlmd.Event.DECLARED_INPUT)
 _OUTPUTS = (mlmd.Event.OUTPUT, mlmd.Event.DECLARED_OUTPUT)
 _UPSTREAM = mlmd.LineageSubgraphQueryOptions.UPSTREAM
-_BOTH = mlmd.LineageSubgraphQueryOptions.BIDIRECTIONAL
 _MAX_HOPS = 100  # of which an execution and its output are two
 # What TFX writes beside what a person asks for.
 _NOISE = ("tfx_version", "is_external", "name", "state", "stats_dashboard_link", "sample_rate_by_split")
-_NOISE += ("output_data_format", "output_file_format")
+_FORMATS = ("output_data_format", "output_file_format")  # numbers of enums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +53,7 @@ class Execution:
       component: its id in the pipeline.
       state: COMPLETE, CACHED, FAILED, ...
       parameters: of the component, but for empty ones.
+      seconds: from its begin to its end.
       inputs: (name, id of the artifact).
       outputs: the same; those of a cached execution are an earlier one's.
       cached: ids of the executions that took its outputs from the cache.
@@ -64,6 +64,7 @@ class Execution:
     type: str
     state: str
     parameters: dict[str, Any]
+    seconds: float = 0.0
     inputs: tuple[tuple[str, int], ...] = ()
     outputs: tuple[tuple[str, int], ...] = ()
     cached: tuple[int, ...] = ()
@@ -102,7 +103,7 @@ def trace(metadata: str | Path, artifact_id: int | None = None, pushed: str | No
     Raises:
       TfoptError: the file is not there or none of ML Metadata, or there is no such artifact.
     """
-    store = _open(metadata)
+    store = open_store(metadata)
     if artifact_id is not None:
         roots = [artifact.id for artifact in store.get_artifacts_by_id([artifact_id])]
         if not roots:
@@ -110,31 +111,8 @@ def trace(metadata: str | Path, artifact_id: int | None = None, pushed: str | No
     else:
         roots = _pushed(store, str(metadata), pushed)
     query = mlmd.LineageSubgraphQueryOptions(max_num_hops=_MAX_HOPS, direction=_UPSTREAM)
-    query.starting_artifacts.filter_query = _among(roots)
-    return _graph(store, str(metadata), query, roots)
-
-
-def last_run(metadata: str | Path, pipeline: str) -> Lineage:
-    """Reads the executions of the last run of a pipeline, and their inputs and outputs, which are the roots.
-
-    Raises:
-      TfoptError: as `trace`, or the pipeline never ran.
-    """
-    store = _open(metadata)
-    runs = [
-        context
-        for context in store.get_contexts_by_type("pipeline_run")
-        if pipeline in [parent.name for parent in store.get_parent_contexts_by_context(context.id)]
-    ]
-    if not runs:
-        raise TfoptError(f"{metadata}: no run of a pipeline {pipeline!r}")
-    last = max(runs, key=lambda context: context.id)
-    executions = [execution.id for execution in store.get_executions_by_context(last.id)]
-    query = mlmd.LineageSubgraphQueryOptions(max_num_hops=1, direction=_BOTH)
-    query.starting_executions.filter_query = _among(executions)
-    found = _graph(store, str(metadata), query, [])
-    roots = tuple(number for each in found.executions.values() for _, number in each.outputs)
-    return dataclasses.replace(found, roots=roots)
+    query.starting_artifacts.filter_query = among(roots)
+    return graph(store, str(metadata), query, roots)
 
 
 def draw(lineage: Lineage) -> str:
@@ -179,7 +157,8 @@ def _facts(values: dict[str, Any], prefix: str, longest: int = 160) -> list[str]
     return lines
 
 
-def _open(metadata: str | Path) -> Any:
+def open_store(metadata: str | Path) -> Any:
+    """Opens the SQLite file of ML Metadata for reading; see `trace` for what it raises."""
     if not Path(metadata).is_file():
         raise TfoptError(f"{metadata}: no such file; it is what the pipeline calls its metadata (SQLite)")
     config = mlmd.ConnectionConfig()
@@ -216,12 +195,20 @@ def _absolute(path: str) -> str:
     return path.rstrip("/") if "://" in path else str(Path(path).absolute())
 
 
-def _among(ids: Iterable[int]) -> str:
+def among(ids: Iterable[int]) -> str:
+    """A filter of MLMD for these ids."""
     return f"id IN ({', '.join(map(str, ids))})"
 
 
-def _graph(store: Any, metadata: str, query: Any, roots: Iterable[int]) -> Lineage:
-    """Reads a part of the graph."""
+def graph(store: Any, metadata: str, query: Any, roots: Iterable[int]) -> Lineage:
+    """Reads a part of the graph.
+
+    Args:
+      store: an open store.
+      metadata: its file.
+      query: LineageSubgraphQueryOptions.
+      roots: see `Lineage`.
+    """
     found = store.get_lineage_subgraph(query)
     types = {each.id: each.name for each in (*found.artifact_types, *found.execution_types)}
     nodes = {context.id: context.name for context in found.contexts if context.type == "node"}
@@ -260,6 +247,7 @@ def _graph(store: Any, metadata: str, query: Any, roots: Iterable[int]) -> Linea
             types.get(each.type_id, each.type),
             mlmd.Execution.State.Name(each.last_known_state),
             _values(each.properties) | _values(each.custom_properties),
+            (each.last_update_time_since_epoch - each.create_time_since_epoch) / 1000,
             tuple(sorted(links.get((each.id, False), []))),
             tuple(sorted(links.get((each.id, True), []))),
             tuple(sorted({n for others in makers.values() if others[0] == each.id for n in others[1:]})),
@@ -283,6 +271,6 @@ def _values(properties: Any) -> dict[str, Any]:
         if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
             with contextlib.suppress(ValueError):  # where it only looks like JSON
                 value = json.dumps(json.loads(value))
-        if name not in _NOISE and value not in (None, "", "{}", "[]", "null"):
+        if name not in (*_NOISE, *_FORMATS) and value not in (None, "", "{}", "[]", "null"):
             found[name] = value
     return found
