@@ -214,7 +214,7 @@ def local(path: str, folder: str) -> str:
     """The directory or file itself where it is on this machine, or else its copy below `folder`."""
     if Path(path).exists():
         return path
-    copied = posixpath.join(folder, "copied", posixpath.basename(path.rstrip("/")))
+    copied = posixpath.join(tempfile.mkdtemp(dir=folder), posixpath.basename(path.rstrip("/")))
     if fileio.isdir(path):
         io_utils.copy_dir(path, copied)
     else:

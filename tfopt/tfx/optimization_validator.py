@@ -41,6 +41,9 @@ from tfopt.tfx import artifacts, examples
 from tfopt.tfx.bars import Bars, parse_bars
 
 EVALUATION = "evaluation.json"
+_TFLITE_ID = (
+    "tflite_model_id"  # by current_model_id a Resolver would take the files for the latest blessed Serving model
+)
 _LIMIT = 60_000  # characters of a property: what MySQL, which MLMD may run on, holds in a TEXT column
 
 
@@ -82,7 +85,7 @@ class OptimizationValidatorExecutor(BaseBeamExecutor):
         _bless(blessing, reasons, found, [first, serving], optimized, original)
         apart = dataclasses.replace(found, results=[first, *device])
         reasons = bars.problems(apart, tflite=True) if device else [_no_files(tflite)]
-        _bless(tflite_blessing, reasons, found, apart.results, tflite, original)
+        _bless(tflite_blessing, reasons, found, apart.results, tflite, original, _TFLITE_ID)
 
     def _beam_args(self) -> str | None:
         """The pipeline's arguments as one string, without the labels that TFX adds; None where it has none."""
@@ -149,6 +152,7 @@ def _bless(
     shown: Sequence[Result],
     judged: types.Artifact | None,
     original: types.Artifact,
+    id_key: str = constants.ARTIFACT_PROPERTY_CURRENT_MODEL_ID_KEY,
 ) -> None:
     """Writes a blessing as TFX's own Evaluator does, and says why."""
     good = not reasons
@@ -162,7 +166,7 @@ def _bless(
     }
     if judged is not None:
         facts[constants.ARTIFACT_PROPERTY_CURRENT_MODEL_URI_KEY] = judged.uri
-        facts[constants.ARTIFACT_PROPERTY_CURRENT_MODEL_ID_KEY] = judged.id
+        facts[id_key] = judged.id
     for result in shown:
         facts |= _figures(result)
     io_utils.write_string_file(posixpath.join(blessing.uri, EVALUATION), evaluation.to_json())
