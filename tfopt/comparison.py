@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from tfopt import batches, cost, equivalence, evaluation, measure, metrics
+from tfopt import cost, equivalence, evaluation, measure, metrics
+from tfopt.batches import Part
 from tfopt.counterparts import Asked, Counterparts, Inputs, opened
 from tfopt.data import STRING, Dataset, probes
 from tfopt.errors import TfoptError
@@ -137,22 +139,22 @@ def compare(
         asked, notes = both.asked, list(both.notes)
         job = evaluation.job_of(both, [metric] if eval_data else [], eval_output)
 
-        def look(job: Job, source: str, label: str = "label") -> Seen:
-            rows = evaluation.Rows(source, both.specs, both.features, label)
-            return evaluation.look(job, rows, both.programs, beam_args=beam_args, threads=threads)
+        def rows(source: str, label: str = "label") -> evaluation.Rows:
+            return evaluation.Rows(source, both.specs, both.features, label, asked[0].signature)
 
+        look = functools.partial(evaluation.look, programs=both.programs, beam_args=beam_args, threads=threads)
         apart = dataclasses.replace(job, metrics=())
         if data is None:
             first, seen = _random(apart, both, seed)
         else:
-            first = next(iter(batches.cut(data, both.specs, size=job.least, feature_spec=both.features)))
-            seen = look(apart, data) if beam_args is None else Seen(apart)
+            seen = look(apart, rows(data)) if beam_args is None else Seen(apart)
+            first = next(rows(data).cut(job.least).read(Part()))
         answers = [asked[0].run(both.programs[0], filled(first, job.least)) for _ in range(2)]
         if any(not np.array_equal(answers[0][n], v, equal_nan=v.dtype.kind == "f") for n, v in answers[1].items()):
             notes.append("A answers otherwise when asked again (state or random numbers): first answers are compared")
         if beam_args is not None:
             both.close()  # the workers open their own
-            seen = look(apart, data) if data else seen
+            seen = look(apart, rows(data)) if data else seen
         if seen.failures:
             raise TfoptError(seen.failures[1])
         pairs = [
@@ -160,12 +162,13 @@ def compare(
             for name, each in seen.equivalences[1].outputs.items()
         ]
         notes += [f"output {name!r} of B has no counterpart in A" for name in both.extra[1]]
+        notes += sorted(seen.warnings)
         loaders = [program.loader for program in both.programs]
         sides = [Side(str(p), loader, each.signature) for p, loader, each in zip((a, b), loaders, asked, strict=True)]
         for side, each in zip(sides, asked, strict=True):
             _cost(side, each.path, notes)
         if eval_data:
-            scored = evaluation.results(job, look(job, eval_data, label), "AB")
+            scored = evaluation.results(job, look(job, rows(eval_data, label)), "AB")
             for side, result in zip(sides, scored, strict=True):
                 if result.failure:
                     raise TfoptError(result.failure)

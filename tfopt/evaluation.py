@@ -134,7 +134,7 @@ def evaluate(
     names = letters(len(paths))
     with opened(paths, names, signature, threads=threads, unsafe=allow_unsafe_deserialization) as together:
         job = job_of(together, metrics, output)
-        rows = Rows(source, together.specs, together.features, label)
+        rows = Rows(source, together.specs, together.features, label, together.asked[0].signature)
         if beam_args is not None:
             together.close()
         seen = look(job, rows, together.programs, batch_size=batch_size, beam_args=beam_args, threads=threads)
@@ -154,12 +154,25 @@ class Rows:
     Attributes:
       specs: the inputs, by the names of the first artifact.
       features: what the model parses tf.Examples by.
+      signature: of the first artifact, which logged requests must name.
     """
 
     source: str
     specs: Mapping[str, TensorSpec]
     features: Mapping[str, Any] | None = None
     label: str = "label"
+    signature: str | None = None
+
+    def cut(self, size: int) -> batches.Batches:
+        """Opens them here; reads no more than the first."""
+        return batches.cut(
+            self.source,
+            self.specs,
+            size=size,
+            feature_spec=self.features,
+            label=self.label,
+            signature=self.signature,
+        )
 
 
 def look(
@@ -179,12 +192,11 @@ def look(
     """
     size = max(batch_size, job.least)
     if beam_args is None:
-        found = batches.cut(rows.source, rows.specs, size=size, feature_spec=rows.features, label=rows.label)
-        return observe(job, programs, found)
+        return observe(job, programs, rows.cut(size))
     need_beam("--beam_args")
     from tfopt.beam import evaluate as on_beam
 
-    read = on_beam.ReadRows(rows.source, rows.specs, rows.features, rows.label, size)
+    read = on_beam.ReadRows(rows.source, rows.specs, rows.features, rows.label, size, signature=rows.signature)
     return on_beam.observe(job, read, beam_args, threads)
 
 

@@ -53,7 +53,8 @@ def _details(letter: str, result: Result, worst: int) -> list[str]:
     if result.failure:
         return _wrap(f"{letter}: FAILED: {result.failure}", "")
     for name, counts in result.counts.items():
-        lines += _wrap(f"{letter}: {name}: " + ", ".join(f"{what} {count:,}" for what, count in counts.items()), "")
+        listed = ", ".join(f"{what} {count:,}" for what, count in counts.items() if what != "rows")
+        lines += _wrap(f"{letter}: {name}: {listed}", "") if listed else []
     for name, output in result.equivalence.outputs.items() if result.equivalence else ():
         problem = output.broken(name) if output.missing or output.changed else None
         text = problem or f"output {name!r} {_dtype(output)}: {output.unequal:,} of {output.elements:,} values differ"

@@ -75,6 +75,36 @@ def test_compare_on_beam(artifacts, rows):
     assert there.to_json() == here.to_json() and here.rows == 500 and here.a.metric.samples == 500
 
 
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    """90 requests of 1 to 3 rows as TensorFlow Serving logs them, in three files; nine are for another signature."""
+    from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
+
+    folder = tmp_path_factory.mktemp("logs")
+    random = np.random.default_rng(1)
+    for part in range(3):
+        with tf.io.TFRecordWriter(str(folder / f"log-{part}"), "GZIP" if part else "") as writer:
+            for number in range(30):
+                log = PredictionLog()
+                request = log.predict_log.request
+                request.model_spec.signature_name = "other" if number % 9 == 8 else ""
+                x = random.normal(size=(1 + number % 3, 4)).astype(np.float32)
+                request.inputs["x"].CopyFrom(tf.make_tensor_proto(x))
+                writer.write(log.SerializeToString())
+    return str(folder / "log-*")
+
+
+def test_logged_requests_are_compared(artifacts, logs):
+    found = [compare(*artifacts[:2], data=logs, latency=False, beam_args=args) for args in (None, "")]
+    assert found[0].to_json() == found[1].to_json()
+    assert found[0].rows == 3 * sum(1 + number % 3 for number in range(30) if number % 9 != 8) == 153
+    assert any("9 requests for signature 'other' were left out" in note for note in found[0].notes)
+    (scores,) = [output for output in found[0].outputs if output.a == "scores"]
+    assert scores.max_abs_error == pytest.approx(0.25) and scores.shape == (153, 3)
+    here, there = (evaluation.evaluate(artifacts, logs, beam_args=args).to_json() for args in (None, ""))
+    assert here == there
+
+
 def test_errors_are_one_line(artifacts, rows, tmp_path):
     with pytest.raises(TfoptError, match="DirectRunner knows no --nope"):
         evaluation.evaluate(artifacts, rows, beam_args="--nope=1")
