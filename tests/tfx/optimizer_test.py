@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -20,7 +21,10 @@ from tfopt import model, recipe, runtime
 from tfopt.errors import TfoptError
 from tfopt.report import Report
 from tfopt.tfx import artifacts, examples
-from tfopt.tfx.optimizer import Optimizer, _options
+from tfopt.tfx.bars import Bars
+from tfopt.tfx.device_pusher import DevicePusherSpec
+from tfopt.tfx.optimization_validator import OptimizationValidatorSpec
+from tfopt.tfx.optimizer import Optimizer, OptimizerSpec, _options
 
 DIGITS = REPO / "saved_models" / "digits"
 FAST = {"tflite": [], "measure_latency": False}
@@ -195,6 +199,14 @@ def test_a_recipe_file_is_read_when_the_component_is_made(importer, tmp_path):
     text = optimizer.spec.exec_properties["recipe"]
     assert json.loads(text) == {"name": "mine", "passes": [{"pass": "prune_graph"}]}
     assert recipe.read(text).name == "mine"
+
+
+def test_the_reference_names_every_parameter_bar_and_property():
+    text = (REPO / "docs" / "tfx_components.md").read_text()
+    names = {field.name for field in dataclasses.fields(Bars)} | artifacts.OptimizationReport.PROPERTIES.keys()
+    for spec in (OptimizerSpec, OptimizationValidatorSpec, DevicePusherSpec):
+        names |= spec.INPUTS.keys() | spec.OUTPUTS.keys() | spec.PARAMETERS.keys()
+    assert {name for name in names if f"`{name}`" not in text} == set()
 
 
 def _examples(*uris, **custom):

@@ -1,4 +1,4 @@
-"""Artifacts that are not on this machine's disk: TensorFlow's ram:// stands for a bucket (no name may begin as another)."""
+"""Artifacts not on this machine's disk: TensorFlow's ram:// stands for a bucket (no name may begin as another)."""
 
 from __future__ import annotations
 

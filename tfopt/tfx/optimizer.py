@@ -136,7 +136,7 @@ def _options(
     if given := inputs.get("examples"):
         train = examples.source(given, parameters["train_split"])
         if "representative_data" not in chosen:
-            chosen["representative_data"], rows = examples.sample(train, parameters["representative_rows"], folder)
+            chosen["representative_data"], rows = examples.sample(train, int(parameters["representative_rows"]), folder)
             sample = f"{rows} rows of {train}"
         if "label" in chosen:
             chosen.setdefault("eval_data", examples.source(given, parameters["eval_split"]))
