@@ -12,10 +12,12 @@ import itertools
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from tfopt import data, readers, request_log
+import numpy as np
+
+from tfopt import data, examples, readers, request_log
 from tfopt.data import Dataset, TensorSpec
 from tfopt.errors import TfoptError
 
@@ -64,6 +66,8 @@ class Batches:
     Attributes:
         files: in order; for what is not a TFRecord glob, the source itself.
         format: how records become arrays; None for what is not a TFRecord glob.
+        features: those of the first tf.Example; None where the rows are none.
+        keep_records: whether the batches hold their tf.Examples too.
         size: rows of a batch; only the last of the source may be shorter.
     """
 
@@ -74,6 +78,8 @@ class Batches:
     size: int
     files: tuple[str, ...]
     format: Any
+    features: tuple[str, ...] | None = None
+    keep_records: bool = False
 
     def __iter__(self) -> Iterator[Dataset]:
         part = Part(notes=self.notes([self.scan(file) for file in self.files])) if self._is_log else Part()
@@ -118,7 +124,8 @@ class Batches:
         rows = iter(itertools.islice(self._rows(part), part.skip, None if end is None else part.skip + end))
         while batch := list(itertools.islice(rows, self.size)):
             arrays, labels = self.format.arrays(batch)
-            yield data.fit(self.source, arrays, labels, self.specs, start=first, notes=part.notes)
+            found = data.fit(self.source, arrays, labels, self.specs, start=first, notes=part.notes)
+            yield replace(found, records=np.array(batch, dtype=object)) if self.keep_records else found
             first += len(batch)
         if first == 0:
             raise TfoptError(_empty(self.source, part.notes))
@@ -174,6 +181,7 @@ def cut(
     label: str = "label",
     limit: int | None = None,
     signature: str | None = None,
+    keep_records: bool = False,
 ) -> Batches:
     """Opens a source, of the forms of `data.load`; reads no more of it than the first record.
 
@@ -185,6 +193,7 @@ def cut(
         label: the array or feature that holds the labels.
         limit: read no more than this many rows.
         signature: its name, which logged requests must name.
+        keep_records: have the batches hold their tf.Examples too.
 
     Raises:
         TfoptError: the source is missing or empty, or the first record does not fit.
@@ -203,7 +212,9 @@ def cut(
     data.require_labels(source, arrays, labels, label)
     if rows:
         data.fit(source, arrays, labels, specs)
-    return Batches(source, specs, label, limit, size, tuple(files), found)
+    features = tuple(examples.decode(source, first).features.feature) if found.one_row_a_record else None
+    keep_records = keep_records and features is not None
+    return Batches(source, specs, label, limit, size, tuple(files), found, features, keep_records)
 
 
 def _empty(source: str, notes: Sequence[str]) -> str:

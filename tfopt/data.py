@@ -54,6 +54,7 @@ class Dataset:
     whole: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
     start: int = 0
+    records: np.ndarray | None = None
 
     def __len__(self) -> int:
         return next((len(array) for name, array in self.inputs.items() if name not in self.whole), 1)
@@ -62,8 +63,9 @@ class Dataset:
         """Returns the dataset of some rows."""
         inputs = {name: a if name in self.whole else a[rows] for name, a in self.inputs.items()}
         labels = None if self.labels is None else self.labels[rows]
+        records = None if self.records is None else self.records[rows]
         start = self.start + rows.indices(len(self))[0]
-        return Dataset(inputs, labels, self.source, self.whole, self.warnings, start)
+        return Dataset(inputs, labels, self.source, self.whole, self.warnings, start, records)
 
     def batches(self, size: int) -> Iterator[dict[str, np.ndarray]]:
         """Yields the inputs `size` rows at a time; the last batch may be shorter."""

@@ -53,6 +53,14 @@ class ReadRows(beam.PTransform):
             source, specs, size=size, feature_spec=feature_spec, label=label, limit=limit, signature=signature
         )
 
+    @classmethod
+    def of(cls, found: batches.Batches) -> ReadRows:
+        """Reads a source that was opened already."""
+        read = cls.__new__(cls)
+        beam.PTransform.__init__(read)
+        read.batches = found
+        return read
+
     def expand(self, start: beam.pvalue.PBegin) -> beam.PCollection:
         """Scans the files where that is needed, cuts them into parts, and reads these."""
         found = self.batches
