@@ -83,7 +83,7 @@ def test_prediction_logs_are_data_again(examples, tmp_path):
 def test_overwriting_replaces_every_file_of_before(examples, tmp_path):
     source = str(examples[0] / "rows.npz")
     infer(MODEL, source, f"{tmp_path}/", shards=3)
-    with pytest.raises(TfoptError, match=r"predictions-00000-of-00003\.tfrecord\.gz is there already; pass --overwrite"):
+    with pytest.raises(TfoptError, match=r"-00000-of-00003\.tfrecord\.gz is there already; pass --overwrite"):
         infer(MODEL, source, f"{tmp_path}/")
     done = infer(MODEL, source, f"{tmp_path}/", shards=2, overwrite=True)
     assert sorted(tmp_path.iterdir()) == sorted(map(Path, done.files)) and len(done.files) == 2

@@ -17,7 +17,7 @@ from tfopt.errors import TfoptError
 from tfopt.inference import infer
 
 MODEL = str(REPO / "saved_models" / "digits")
-TWO = "--direct_running_mode=multi_processing --direct_num_workers=2"
+ONE = "--direct_running_mode=multi_processing --direct_num_workers=1"
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_a_killed_worker_loses_and_doubles_nothing(source, tmp_path, monkeypatch
     here = infer(MODEL, source, f"{tmp_path}/here/", shards=2)
     monkeypatch.setenv("TFOPT_TEST_MARKER", str(tmp_path / "marker"))
     monkeypatch.setattr("tfopt.inference.Encoder", DiesOnce)
-    there = infer(MODEL, source, f"{tmp_path}/there/", shards=2, beam_args=TWO)
+    there = infer(MODEL, source, f"{tmp_path}/there/", shards=2, beam_args=ONE)
     assert (tmp_path / "marker").exists() and there.rows == 200
     assert contents(here.files) == contents(there.files)
     assert sorted((tmp_path / "there").iterdir()) == sorted(map(Path, there.files))
