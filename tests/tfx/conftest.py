@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import REPO
+
+DIGITS = REPO / "saved_models" / "digits"
+DIGITS_INPUT = ("image", (8, 8, 1))
+
 
 @dataclasses.dataclass
 class Local:
@@ -91,6 +96,42 @@ def importer():
         return node.with_id(name or f"import_{kind.lower()}").outputs["result"]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def digits_optimized(tmp_path_factory) -> Path:
+    """saved_models/digits optimized: serving/1, and device/ with float32.tflite and int8.tflite, int8 at its edges."""
+    import numpy as np
+
+    from tfopt.optimize import Options, optimize
+
+    folder = tmp_path_factory.mktemp("digits_optimized")
+    rows = np.random.default_rng(0).random((20, *DIGITS_INPUT[1])).astype(np.float32)
+    np.savez(folder / "rows.npz", **{DIGITS_INPUT[0]: rows})
+    chosen = Options(
+        tflite=("float32", "int8"),
+        io_type="int8",
+        representative_data=str(folder / "rows.npz"),
+        measure_latency=False,
+    )
+    optimize(DIGITS, folder / "made", chosen)
+    return folder / "made"
+
+
+@pytest.fixture(scope="session")
+def digits_examples(tmp_path_factory) -> Path:
+    """60 rows for saved_models/digits: `digit` is what it says of them; the splits train (40 rows) and eval (20)."""
+    import numpy as np
+
+    from tfopt import runtime
+
+    folder = tmp_path_factory.mktemp("digits_examples")
+    rows = np.random.default_rng(0).random((60, *DIGITS_INPUT[1])).astype(np.float32)
+    with runtime.open(DIGITS) as program:
+        (scores,) = program.run("serving_default", {DIGITS_INPUT[0]: rows}).values()
+    made = [{DIGITS_INPUT[0]: r.ravel(), "digit": [int(s.argmax())]} for r, s in zip(rows, scores, strict=True)]
+    write_examples(folder, {"train": made[:40], "eval": made[40:]}, gzip=False)
+    return folder
 
 
 def write_examples(folder: Path, splits: dict[str, list[dict[str, Any]]], gzip: bool = True) -> None:

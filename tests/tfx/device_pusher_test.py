@@ -10,36 +10,14 @@ pytest.importorskip("tfx", reason="make test-tfx runs it")
 
 from tfx.types import standard_artifacts
 
-from tests.conftest import REPO
+from tests.tfx.conftest import DIGITS_INPUT
 from tfopt.errors import TfoptError
-from tfopt.optimize import Options, optimize
 from tfopt.tfx.device_pusher import DevicePusher, DevicePusherExecutor
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    """A directory with float32.tflite and int8.tflite of the digits model, int8 at its edges."""
-    import numpy as np
-
-    folder = tmp_path_factory.mktemp("device")
-    rows = np.random.default_rng(0).random((20, *_input()[1])).astype(np.float32)
-    np.savez(folder / "rows.npz", **{_input()[0]: rows})
-    chosen = Options(
-        tflite=("float32", "int8"),
-        io_type="int8",
-        representative_data=str(folder / "rows.npz"),
-        measure_latency=False,
-    )
-    optimize(REPO / "saved_models" / "digits", folder / "made", chosen)
-    return folder / "made" / "device"
-
-
-def _input() -> tuple[str, tuple]:
-    from tfopt import runtime
-
-    with runtime.open(REPO / "saved_models" / "digits") as program:
-        ((name, spec),) = program.signatures["serving_default"].inputs.items()
-        return name, spec.shape[1:]
+@pytest.fixture
+def files(digits_optimized) -> Path:
+    return digits_optimized / "device"
 
 
 def artifact(kind: str, uri: Path, **custom):
@@ -78,7 +56,7 @@ def test_a_pipeline_pushes_the_files_with_their_manifest(files, local, importer)
         data = (version / each["name"]).read_bytes()
         assert each["sha256"] == hashlib.sha256(data).hexdigest() and each["bytes"] == len(data)
     by_name = {each["name"]: each["signatures"]["serving_default"] for each in manifest["files"]}
-    name, shape = _input()
+    name, shape = DIGITS_INPUT
     assert by_name["float32.tflite"]["inputs"] == {name: {"dtype": "float32", "shape": [1, *shape]}}
     image = by_name["int8.tflite"]["inputs"][name]
     assert (

@@ -16,8 +16,8 @@ from tfx.proto.pusher_pb2 import PushDestination
 from tfx.types import Channel, standard_artifacts
 
 from tests.conftest import REPO, serve_v1
-from tests.tfx.conftest import write_examples
-from tfopt import model, recipe, runtime
+from tests.tfx.conftest import DIGITS, DIGITS_INPUT, write_examples
+from tfopt import model, recipe
 from tfopt.errors import TfoptError
 from tfopt.report import Report
 from tfopt.tfx import artifacts, examples
@@ -26,26 +26,26 @@ from tfopt.tfx.device_pusher import DevicePusherSpec
 from tfopt.tfx.optimization_validator import OptimizationValidatorSpec
 from tfopt.tfx.optimizer import Optimizer, OptimizerSpec, _options
 
-DIGITS = REPO / "saved_models" / "digits"
 FAST = {"tflite": [], "measure_latency": False}
 
 
-def test_the_stock_pusher_takes_what_optimizer_emits(local, importer):
-    channel = importer(DIGITS)
-    optimizer = Optimizer(channel, options={"tflite": ["float32"]})
+def test_the_stock_pusher_takes_what_optimizer_emits(local, importer, digits_examples):
+    channel, rows = importer(DIGITS), importer(digits_examples, "Examples")
+    optimizer = Optimizer(channel, rows, options={"label": "digit", "metric": "accuracy", "tflite": ["float32"]})
     destination = PushDestination(filesystem=PushDestination.Filesystem(base_directory=str(local.root / "pushed")))
     pusher = Pusher(model=optimizer.outputs["optimized_model"], push_destination=destination)
-    local.run(channel.producer_component, optimizer, pusher)
+    local.run(channel.producer_component, rows.producer_component, optimizer, pusher)
     (pushed,) = (local.root / "pushed").iterdir()
-    with runtime.open(pushed) as program:
-        ((name, spec),) = program.signatures["serving_default"].inputs.items()
-    image = np.random.default_rng(0).normal(size=(3, *spec.shape[1:])).astype(np.float32)
+    name, shape = DIGITS_INPUT
+    image = np.random.default_rng(0).normal(size=(3, *shape)).astype(np.float32)
     for key, value in serve_v1(DIGITS, {name: image}).items():
         np.testing.assert_allclose(serve_v1(pushed, {name: image})[key], value, rtol=1e-4, atol=1e-5)
 
     report = local.last(optimizer.outputs["report"])
     assert report["optimized_bytes"] < report["original_bytes"] and report["recipe"] == "lossless"
     assert report["optimized_gzip_bytes"] > 0 and report["optimized_latency_ms_p50"] > 0
+    assert (report["metric"], report["samples"]) == ("accuracy", 20)  # the eval split
+    assert report["original_metric"] == report["optimized_metric"] == 1.0
     assert report["kept_original"] == 0 and report["rejected"] == "" and report["tfopt_version"] == artifacts.version()
     assert {path.name for path in report["uri"].iterdir()} == {"report.json", "report.html"}
     optimized = local.last(optimizer.outputs["optimized_model"])
@@ -58,7 +58,8 @@ def test_the_stock_pusher_takes_what_optimizer_emits(local, importer):
     assert [path.name for path in device["uri"].iterdir()] == ["float32.tflite"] == device["files"].split(",")
     assert device["float32_bytes"] == (device["uri"] / "float32.tflite").stat().st_size
 
-    local.run(channel.producer_component, optimizer, pusher)
+    assert device["float32_metric"] == 1.0 and device["samples"] == 20
+    local.run(channel.producer_component, rows.producer_component, optimizer, pusher)
     assert local.executions()["Optimizer"] == ["COMPLETE", "CACHED"]
 
 
@@ -101,33 +102,8 @@ def test_tfx_own_taxi_model_as_an_imported_artifact(local, importer, shared):
     assert list(local.last(optimizer.outputs["tflite_model"])["uri"].iterdir()) == []
 
 
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
-    """Examples with the splits train and eval, whose label `digit` is what the digits model says."""
-    folder = tmp_path_factory.mktemp("labelled")
-    with runtime.open(DIGITS) as program:
-        ((name, spec),) = program.signatures["serving_default"].inputs.items()
-        rows = np.random.default_rng(0).random((60, *spec.shape[1:])).astype(np.float32)
-        (scores,) = program.run("serving_default", {name: rows}).values()
-    made = [{name: row.ravel(), "digit": [int(s.argmax())]} for row, s in zip(rows, scores, strict=True)]
-    write_examples(folder, {"train": made[:40], "eval": made[40:]}, gzip=False)
-    return folder
-
-
-def test_the_eval_split_is_scored(local, importer, labelled):
-    given, rows = importer(DIGITS), importer(labelled, "Examples")
-    options = {"label": "digit", "metric": "accuracy", "tflite": ["int8"], "measure_latency": False}
-    optimizer = Optimizer(given, rows, options=options)
-    local.run(given.producer_component, rows.producer_component, optimizer)
-    facts = local.last(optimizer.outputs["report"])
-    assert (facts["metric"], facts["samples"], facts["original_metric"]) == ("accuracy", 20, 1.0)
-    assert facts["optimized_metric"] == 1.0
-    device = local.last(optimizer.outputs["tflite_model"])
-    assert device["int8_metric"] >= 0.8 and device["samples"] == 20
-
-
-def test_a_model_below_its_bar_fails_with_the_reason_in_mlmd(local, importer, labelled):
-    given, rows = importer(DIGITS), importer(labelled, "Examples")
+def test_a_model_below_its_bar_fails_with_the_reason_in_mlmd(local, importer, digits_examples):
+    given, rows = importer(DIGITS), importer(digits_examples, "Examples")
     options = {**FAST, "label": "digit", "max_accuracy_drop": -0.5}  # a gain that nothing can reach
     optimizer = Optimizer(given, rows, options=options)
     with pytest.raises(Exception, match=r"serving: accuracy falls by 0, more than --max_accuracy_drop=-0.5"):
@@ -137,7 +113,7 @@ def test_a_model_below_its_bar_fails_with_the_reason_in_mlmd(local, importer, la
     left = [path for path in (local.root / "root").rglob("*") if path.is_file()]
     assert left == [], "something half-written is left"
 
-    given, rows = importer(DIGITS), importer(labelled, "Examples")  # TFX mixes up components that share a node
+    given, rows = importer(DIGITS), importer(digits_examples, "Examples")  # TFX mixes up components that share a node
     optimizer = Optimizer(given, rows, options=options, allow_rejected=True)
     local.run(given.producer_component, rows.producer_component, optimizer)
     facts = local.last(optimizer.outputs["optimized_model"])
@@ -219,11 +195,11 @@ def _examples(*uris, **custom):
     return made
 
 
-def test_splits_of_several_spans(labelled, tmp_path):
+def test_splits_of_several_spans(digits_examples, tmp_path):
     write_examples(tmp_path, {"train": [{"digit": [7]}] * 5})
-    given = _examples(labelled, tmp_path)
+    given = _examples(digits_examples, tmp_path)
     globs = examples.source(given, "train")
-    assert globs == f"{labelled}/Split-train/*,{tmp_path}/Split-train/*"
+    assert globs == f"{digits_examples}/Split-train/*,{tmp_path}/Split-train/*"
     path, rows = examples.sample(globs, 11, str(tmp_path))
     assert rows == 6 + 5 and examples.tf_records(path, None) == examples.tf_records(globs, 6) + examples.tf_records(
         f"{tmp_path}/Split-train/*", None
@@ -246,8 +222,8 @@ def test_splits_of_several_spans(labelled, tmp_path):
         ("file_format", "parquet", False),
     ],
 )
-def test_other_formats_end_in_one_line(name, value, good, labelled):
-    given = _examples(labelled, **{name: value})
+def test_other_formats_end_in_one_line(name, value, good, digits_examples):
+    given = _examples(digits_examples, **{name: value})
     if good:
         assert examples.source(given, "train")
     else:
@@ -267,7 +243,7 @@ def test_other_formats_end_in_one_line(name, value, good, labelled):
         ("compact_signature", {"keep_example_signature": False}, {"keep_example_signature": False}),
     ],
 )
-def test_splits_go_to_the_options_that_want_them(chosen, options, expected, labelled, tmp_path):
+def test_splits_go_to_the_options_that_want_them(chosen, options, expected, digits_examples, tmp_path):
     parameters = {
         "recipe": chosen,
         "options": json.dumps(options),
@@ -275,7 +251,9 @@ def test_splits_go_to_the_options_that_want_them(chosen, options, expected, labe
         "eval_split": "eval",
         "representative_rows": 10,
     }
-    made, sample = _options({"examples": _examples(labelled)}, parameters, str(tmp_path))
-    wanted = {k: v.replace("{uri}", str(labelled)) if isinstance(v, str) else v for k, v in expected.items()}
+    made, sample = _options({"examples": _examples(digits_examples)}, parameters, str(tmp_path))
+    wanted = {k: v.replace("{uri}", str(digits_examples)) if isinstance(v, str) else v for k, v in expected.items()}
     assert {name: getattr(made, name) for name in wanted} == wanted
-    assert sample is None if "representative_data" in options else sample == f"10 rows of {labelled}/Split-train/*"
+    assert (
+        sample is None if "representative_data" in options else sample == f"10 rows of {digits_examples}/Split-train/*"
+    )

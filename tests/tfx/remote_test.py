@@ -15,8 +15,7 @@ from tfx.dsl.io import fileio
 from tfx.types import standard_artifacts
 from tfx.utils import io_utils
 
-from tests.conftest import REPO
-from tests.tfx.conftest import write_examples
+from tests.tfx.conftest import DIGITS, write_examples
 from tfopt.tfx import artifacts
 from tfopt.tfx.device_pusher import DevicePusherExecutor
 from tfopt.tfx.optimization_validator import OptimizationValidatorExecutor
@@ -35,7 +34,7 @@ def artifact(kind: type, uri: str, number: int) -> Any:
 
 
 def test_every_executor_reads_from_and_writes_to_a_bucket(bucket, tmp_path):
-    io_utils.copy_dir(str(REPO / "saved_models" / "digits"), f"{bucket}/model/Format-Serving")
+    io_utils.copy_dir(str(DIGITS), f"{bucket}/model/Format-Serving")
     write_examples(tmp_path, {"train": [{"image": [0.5] * 64}] * 8, "eval": [{"image": [0.25] * 64}] * 9})
     io_utils.copy_dir(str(tmp_path), f"{bucket}/examples")
     model = artifact(standard_artifacts.Model, f"{bucket}/model", 1)

@@ -7,12 +7,10 @@ pytest.importorskip("tfx", reason="make test-tfx runs it")
 
 from tfx.components.trainer.rewriting import rewriter, rewriter_factory
 
-from tests.conftest import REPO
+from tests.tfx.conftest import DIGITS
 from tfopt import runtime
 from tfopt.report import Report
 from tfopt.tfx.rewriter import RewriterAdapter
-
-DIGITS = REPO / "saved_models" / "digits"
 
 
 def describe(kind: str, path) -> rewriter.ModelDescription:
