@@ -54,12 +54,15 @@ COMMANDS = [
     "tfopt-optimize = pipelines.optimize:run",
     "tfopt-inspect = pipelines.inspect_model:run",
     "tfopt-compare = pipelines.compare:run",
+    "tfopt-evaluate = pipelines.evaluate:run",
+    "tfopt-infer = pipelines.infer:run",
     "tfopt-run-tflite = pipelines.run_tflite:main",
     "tfopt-serve = pipelines.serve:run",
     "tfopt-loadtest = pipelines.loadtest:run",
     "tfopt-tune-batching = pipelines.tune_batching:run",
     "tfopt-lint-serving = pipelines.lint_serving:run",
     "tfopt-deployment = pipelines.deployment:run",
+    "tfopt-lineage = pipelines.tfx_lineage:run",
 ]
 
 setup(
