@@ -10,22 +10,17 @@ Exit codes: 0; 1 where the model is not blessed, so that nothing is pushed; 2 ba
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
-import os
-import shlex
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags, logging
+from absl import flags
 
 from pipelines import taxi_trainer
 from tfopt import isolate
-from tfopt.errors import TfoptError, one_line
+from tfopt.errors import TfoptError
 
 NAME = "taxi"
 # From tf.Examples to one input a feature: a device has no tf.Examples, nor LiteRT an op that reads them.
@@ -95,6 +90,7 @@ def create_pipeline(
 
     from pipelines.taxi_examples import TaxiExampleGen, csv_files
     from tfopt.tfx.device_pusher import DevicePusher
+    from tfopt.tfx.local_run import beam_arguments
     from tfopt.tfx.optimization_validator import OptimizationValidator
     from tfopt.tfx.optimizer import Optimizer
 
@@ -143,15 +139,15 @@ def create_pipeline(
         tflite_blessing = validator.outputs["tflite_blessing"]
         components.append(DevicePusher(made["tflite_model"], tflite_blessing, device_dir))
     if beam_args is None:
-        for component in (example_gen, statistics_gen):  # Beam's own choice would be a runner that it downloads
-            component.with_beam_pipeline_args(["--runner=FnApiRunner"])
+        for component in (example_gen, statistics_gen):
+            component.with_beam_pipeline_args(beam_arguments(""))
     return pipeline.Pipeline(
         pipeline_name=NAME,
         pipeline_root=pipeline_root,
         components=components,
         enable_cache=True,
         metadata_connection_config=sqlite_metadata_connection_config(metadata) if metadata else None,
-        beam_pipeline_args=shlex.split(beam_args) if beam_args else None,
+        beam_pipeline_args=None if beam_args is None else beam_arguments(beam_args),
     )
 
 
@@ -179,24 +175,10 @@ def main(argv: Sequence[str]) -> int:
     if FLAGS.module_file and not Path(FLAGS.module_file).is_file():
         raise TfoptError(f"--module_file={FLAGS.module_file}: no such file")
     _need_tfx()
-    from tfx.orchestration.local.local_dag_runner import LocalDagRunner
+    from tfopt.tfx import last_run, lineage, local_run
 
-    from tfopt.tfx import last_run, lineage
-
-    metadata = Path(FLAGS.metadata).absolute()
-    if metadata.exists():
-        lineage.open_store(metadata)  # or TFX would make its tables in whatever it is
-    metadata.parent.mkdir(parents=True, exist_ok=True)
-    pipeline = _from_flags(_absolute, metadata=str(metadata))
-    try:
-        with _quiet():
-            LocalDagRunner().run(pipeline)
-    except Exception as error:  # of any component
-        logging.debug("a component failed", exc_info=True)
-        failed = [e for e in last_run.last_run(FLAGS.metadata, NAME).executions.values() if e.state == "FAILED"]
-        where = f"{failed[-1].component} failed: " if failed else ""
-        raise TfoptError(where + one_line(error).rpartition(" and error message ")[2]) from error
-    run = last_run.last_run(FLAGS.metadata, NAME)
+    metadata = str(Path(FLAGS.metadata).absolute())
+    run = local_run.run(_from_flags(_absolute, metadata=metadata), metadata, quiet=not FLAGS["verbosity"].present)
     print(last_run.summary(run), end="")
     pushed = last_run.outputs(run, lineage.PUSHED)
     return 0 if all(artifact.properties.get("pushed") for artifact in pushed.values()) else 1
@@ -245,26 +227,6 @@ def _absolute(path: str) -> str:
 def _need_tfx() -> None:
     if importlib.util.find_spec("tfx") is None:
         raise TfoptError("the pipeline needs TFX: pip install 'tfopt[tfx]'")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps standard output for the summary: what components print goes to standard error, and no log below warnings.
-
-    --verbosity=1 shows everything.
-    """
-    if not FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
-        warnings.simplefilter("ignore")
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def run() -> None:

@@ -136,7 +136,7 @@ def test_commands(executors, component):
     assert args[args.index("--executor_class_path") + 1] == EXECUTORS[component]
     module, _, name = EXECUTORS[component].rpartition(".")
     assert hasattr(__import__(module, fromlist=[name]), name)
-    assert args[-2:] == FLAGS["beam_args"].split()
+    assert args[-3:] == [*FLAGS["beam_args"].split(), "--beam_plugins=tfx"]
 
 
 def test_parameters(spec):
