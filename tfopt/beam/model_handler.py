@@ -2,13 +2,13 @@
 
     batches | RunInference(ProgramHandler("saved_models/digits", "serving_default"))
 
-Elements are batches (`tfopt.data.Dataset`), which reach the runtime as they are, because the last bits of a row's output
-may depend on how many rows are computed with it, and Beam's own batches depend on how a runner cuts its bundles. (On
-250 rows of three SavedModels, keyword spotting, taxi trips and digits, rows in batches of 8, 32, 33 and 250 gave the
-same bits, with 1 thread and with 2; rows alone differed by up to 1.7e-6. A float .tflite file gave the same bits
-throughout.) With the batches of `rows.ReadRows` the outputs are, bit for bit, those of the same artifact in one process
-with as many threads, on a processor with the same instructions. A model that changes its own variables answers by the
-order in which batches reach it, which no runner keeps.
+Elements are batches (`tfopt.data.Dataset`), which reach the runtime as they are, because the last bits of a row's
+output may depend on how many rows are computed with it, and Beam's own batches depend on how a runner cuts its
+bundles. (On 250 rows of three SavedModels, keyword spotting, taxi trips and digits, rows in batches of 8, 32, 33 and
+250 gave the same bits, with 1 thread and with 2; rows alone differed by up to 1.7e-6. A float .tflite file gave the
+same bits throughout.) With the batches of `rows.ReadRows` the outputs are, bit for bit, those of the same artifact in
+one process with as many threads, on a processor with the same instructions. A model that changes its own variables
+answers by the order in which batches reach it, which no runner keeps.
 """
 
 from __future__ import annotations
