@@ -169,13 +169,18 @@ def inner(
 
 def call_of(rows: Dataset, start: int, size: int, fixed: bool) -> dict[str, np.ndarray]:
     """The inputs of one call: `size` rows, or fewer at the end; a fixed batch is filled up with the first rows."""
-    taken = rows.take(slice(start, start + size)).inputs
-    if not fixed or start + size <= len(rows):
-        return taken
-    spare = {name: np.resize(array, (size, *array.shape[1:])) for name, array in rows.inputs.items()}
+    taken = rows.take(slice(start, start + size))
+    return filled(taken, size, rows) if fixed else taken.inputs
+
+
+def filled(rows: Dataset, size: int, first: Dataset) -> dict[str, np.ndarray]:
+    """The inputs of a call of `size` rows, for fewer rows filled up with the first ones, again and again."""
+    if len(rows) == size:
+        return rows.inputs
+    spare = {name: np.resize(array, (size, *array.shape[1:])) for name, array in first.inputs.items()}
     return {
         name: array if name in rows.whole else np.concatenate([array, spare[name]])[:size]
-        for name, array in taken.items()
+        for name, array in rows.inputs.items()
     }
 
 

@@ -68,7 +68,9 @@ def emit(
         return [*artifacts, *(Artifact(name, "tflite", rejected=f"{name}: {reason}") for name in names)]
     saved_model.save(device, frozen, max_constant_bytes=1 << 31)
     representative = (
-        representative_rows(original, model, options.representative_data) if options.representative_data else None
+        representative_rows(original, model, options.representative_data, options)
+        if options.representative_data
+        else None
     )
     converted = tflite.convert(
         frozen,
@@ -101,7 +103,7 @@ def warmup_data(original: Model, served: Model, workspace: Workspace, options: O
     source = options.representative_data
     if not options.deployment or not source or not served.requests:
         return source
-    rows = representative_rows(original, served, source)
+    rows = representative_rows(original, served, source, options)
     if not rows or any(step["step"] == "once" for steps in served.requests.values() for step in steps):
         return None
     arrays: dict[str, Any] = {key: array for found in rows.values() for key, array in found.inputs.items()}

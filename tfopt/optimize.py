@@ -27,7 +27,7 @@ from tfopt.model import load as load_model
 from tfopt.publish import Workspace
 from tfopt.report import Refusal, Report, Step
 from tfopt.rewrite import Log
-from tfopt.run_data import all_evaluation_rows, evaluation_rows, learning_data, main_signature
+from tfopt.run_data import all_evaluation_rows, evaluation_rows, learned_on, learning_data, main_signature
 from tfopt.tfmot import check as tfmot
 from tfopt.verify import Verifier
 
@@ -156,6 +156,8 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         for rows in [*verifier.inputs.values(), *([evaluation] if evaluation else [])]:
             report.warnings += [warning for warning in rows.warnings if warning not in report.warnings]
         optimized, served, data = loaded, None, learning_data(loaded, evaluation, model, options)
+        if words := learned_on(data, options):
+            report.data["learned_on"] = words
         steps = tqdm(steps_wanted.steps, desc="passes", unit="pass", leave=False, disable=None)
         for position, (name, chosen) in enumerate(steps, 1):
             if options.checkpoint_dir:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
 
+from tfopt import calibration
+from tfopt.clipping import Observed
 from tfopt.data import Dataset
 from tfopt.errors import TfoptError
 from tfopt.graph import Graph, function_body, function_def
@@ -20,6 +22,7 @@ from tfopt.variables import new_function_name
 
 MINIMIZE = ("bytes", "latency")
 ENGINES = ("graph", "tfmot")
+Observe = Callable[[Model, str, Sequence[str], Dataset, bool], dict[str, Observed]]
 # What a compression brings about that later passes must not undo: zeros, few distinct values, ranges of fake-quant ops.
 INVARIANTS = ("sparsity", "clusters", "ranges")
 
@@ -39,6 +42,7 @@ class Data:
       integer_outputs: whether device files are to have integer outputs.
       seed: of everything random.
       checkpoint: a directory of this pass's own, from which a killed run goes on; None where none was asked for.
+      observe: `calibration.observe`, or what sees the values of tensors on all rows there are, whichever it is given.
       engine: a `tfopt.tfmot.engine.Engine` that does the work of prune_magnitude, cluster and train_quantized; or None.
     """
 
@@ -52,6 +56,7 @@ class Data:
     integer_outputs: bool = False
     seed: int = 0
     checkpoint: Path | None = None
+    observe: Observe = calibration.observe
     engine: Any = None
 
     def need_rows(self, name: str) -> Dataset:

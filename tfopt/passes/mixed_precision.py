@@ -76,7 +76,7 @@ def run(
     rows = data.need_rows("mixed_precision")
     rows = rows.take(slice(0, None, max(len(rows) // _ROWS, 1)))
     notes = Log()
-    base, where = calibrate(model, notes, data.signature, rows, 8, calibrator, data.integer_outputs)
+    base, where = calibrate(model, notes, data.signature, rows, 8, calibrator, data.integer_outputs, data.observe)
     log.refused, log.notes = notes.refused, log.notes + notes.notes
     quantized = _weights(base, where)
     layers = _layers(model, where, quantized, data.signature, rows)

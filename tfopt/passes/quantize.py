@@ -10,8 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tfopt import fake_quant
-from tfopt.calibration import observe
+from tfopt import calibration, fake_quant
 from tfopt.clipping import METHODS, clipped
 from tfopt.data import Dataset, batch_size
 from tfopt.errors import TfoptError
@@ -20,7 +19,7 @@ from tfopt.graph import split
 from tfopt.invariants import clusters, has_one_table
 from tfopt.losses import heads, trainable_outputs
 from tfopt.model import Model
-from tfopt.passes import Data, Pass, equalize
+from tfopt.passes import Data, Observe, Pass, equalize
 from tfopt.passes.correct_bias import correct
 from tfopt.quantization_sites import Sites, sites
 from tfopt.rewrite import Log
@@ -49,14 +48,14 @@ def run(
     rows = data.need_rows("quantize")
     rows = rows.take(slice(0, None, max(len(rows) // _ROWS, 1)))
     signature, integers = data.signature, data.integer_outputs
-    quantized, _ = calibrate(model, log, signature, rows, bits, calibrator, integers)
+    quantized, _ = calibrate(model, log, signature, rows, bits, calibrator, integers, data.observe)
     if correct_biases:
         tried = {"as calibrated": quantized, "with biases corrected": _corrected(quantized, signature, rows)}
         if bits == 8 and not any(clusters(value) for value in _constants(model)):  # which equalizing would undo
             equalized, quiet = model.copy(), Log()
             equalize.run(equalized, quiet, data)
             if quiet.applied:
-                again, _ = calibrate(equalized, quiet, signature, rows, bits, calibrator, integers)
+                again, _ = calibrate(equalized, quiet, signature, rows, bits, calibrator, integers, data.observe)
                 tried["equalized, with biases corrected"] = _corrected(again, signature, rows)
         ratios = {words: decibel(model, candidate, signature, rows) for words, candidate in tried.items()}
         best = max(ratios, key=lambda words: ratios[words])
@@ -86,8 +85,9 @@ def calibrate(
     bits: int,
     calibrator: str,
     integer_outputs: bool = False,
+    observe: Observe = calibration.observe,
 ) -> tuple[Model, Sites]:
-    """A copy of a model with fake-quant ops, calibrated; see `run`."""
+    """A copy of a model with fake-quant ops, calibrated; see `run` and `Data.observe`."""
     if bits not in _BITS:
         raise TfoptError(f"quantize: option 'bits' must be 8 or 4, received {bits}")
     if calibrator not in ("best", *METHODS):
@@ -101,7 +101,9 @@ def calibrate(
         log.notes.append(f"quantized for signature {signature!r}: {', '.join(apart)} by what they share with it")
     open_ended = [ref for ref, fixed in where.activations.items() if fixed is None]
     methods = METHODS if calibrator == "best" else (calibrator,)
-    seen = observe(model, signature, open_ended, rows, counts=methods != ("minmax",))
+    seen = observe(model, signature, open_ended, rows, methods != ("minmax",))
+    if observe is not calibration.observe:
+        log.notes.append(f"values of activations were seen on all rows of {rows.source}, by Beam")
     best, found = -np.inf, model
     tried = {}
     for method in methods:

@@ -48,7 +48,7 @@ def run(
         data.engine.train_quantized(model, log, data, training)
         return
     few = rows.take(slice(0, None, max(len(rows) // _ROWS, 1)))
-    quantized, _ = calibrate(model, log, data.signature, few, bits, calibrator, data.integer_outputs)
+    quantized, _ = calibrate(model, log, data.signature, few, bits, calibrator, data.integer_outputs, data.observe)
     promoted = promote(quantized, data.signature, ranges=True)
     names, transform = symmetric(quantized, promoted)
     history = fine_tune(
