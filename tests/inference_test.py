@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import REPO
-from tfopt import data, inference, runtime
+from tfopt import data, inference_job, runtime
 from tfopt.data import Dataset
 from tfopt.errors import TfoptError
 from tfopt.inference import infer
@@ -127,8 +127,8 @@ def test_a_failure_in_the_middle_leaves_nothing(examples, tmp_path, monkeypatch)
             raise TfoptError("it broke")
         return real(*arguments)
 
-    real = inference.call
-    monkeypatch.setattr(inference, "call", fail)
+    real = inference_job.call
+    monkeypatch.setattr(inference_job, "call", fail)
     with pytest.raises(TfoptError, match="it broke"):
         infer(MODEL, str(examples[0] / "rows.npz"), f"{tmp_path}/new/", batch_size=8)
     assert not list(tmp_path.iterdir())
@@ -145,5 +145,5 @@ class Fixed:
 
 
 def test_a_batch_smaller_than_the_signature_is_filled_up():
-    outputs = inference.call(Fixed(), "s", Dataset({"x": np.float32([1, 2, 3])}, None, "rows"))
+    outputs = inference_job.call(Fixed(), "s", Dataset({"x": np.float32([1, 2, 3])}, None, "rows"))
     assert outputs["y"].tolist() == [2, 4, 6] and outputs["mean"].shape == ()

@@ -11,39 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from tfopt import batches, runtime
-from tfopt.data import Dataset
 from tfopt.data import batch_size as fixed_batch
 from tfopt.environment import need_beam
 from tfopt.errors import TfoptError
+from tfopt.inference_job import Job, check_signature
 from tfopt.prediction_records import EXAMPLE, FORMATS, Encoder, check, place, write
 
 ROWS = 32  # of a batch, where the signature does not fix it
 _BEAM_SHARDS = 8
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to run, and how to write it; picklable.
-
-    Attributes:
-      model: the artifact.
-      batches: the rows.
-      encoder: makes records.
-      threads: of the runtime.
-    """
-
-    model: str
-    batches: batches.Batches
-    encoder: Encoder
-    threads: int
-
-    def records(self, program: runtime.Program, batch: Dataset) -> list[bytes]:
-        """Runs a batch; returns a record for each row."""
-        return self.encoder.records(batch, call(program, self.encoder.signature, batch))
 
 
 @dataclass(frozen=True)
@@ -139,39 +117,3 @@ def _run(job: Job, program: runtime.Program, paths: Sequence[str]) -> tuple[int,
             total += len(batch)
             bar.update(len(batch))
     return total, tuple(sorted(warnings))
-
-
-def call(program: runtime.Program, signature: str, batch: Dataset, size: int | None = None) -> runtime.Outputs:
-    """Runs a signature on a batch, also one that is smaller than the signature's fixed batch.
-
-    Args:
-      program: an opened artifact.
-      signature: its name.
-      batch: rows as the signature takes them.
-      size: fill the batch up to so many rows with copies of its last; None only where the signature has a fixed batch.
-
-    Returns:
-      The outputs, without what was filled up. An output that has no row for each row of input is given as it is.
-    """
-    rows = len(batch)
-    wanted = size or fixed_batch(program.signatures[signature].inputs, rows)
-    inputs = batch.inputs
-    if rows < wanted:
-        pick = np.minimum(np.arange(wanted), rows - 1)
-        inputs = {name: array if name in batch.whole else array[pick] for name, array in inputs.items()}
-    outputs = program.run(signature, inputs)
-    if rows < wanted:
-        outputs = {name: a[:rows] if a.ndim and len(a) == wanted else a for name, a in outputs.items()}
-    return outputs
-
-
-def check_signature(program: runtime.Program, signature: str | None) -> str:
-    """The signature that is meant: serving_default, or the only one, where none is named."""
-    have = list(program.signatures)
-    if signature is None:
-        if "serving_default" in have or len(have) == 1:
-            return "serving_default" if "serving_default" in have else have[0]
-        raise TfoptError(f"{program.path}: --signature: name one of {', '.join(have)}")
-    if signature not in have:
-        raise TfoptError(f"{program.path} has no signature '{signature}'; it has: {', '.join(have)}")
-    return signature

@@ -11,7 +11,7 @@ import apache_beam as beam
 from apache_beam.ml.inference.base import RunInference
 
 from tests.conftest import REPO
-from tfopt import data, inference, runtime
+from tfopt import data, inference_job, runtime
 from tfopt.beam import pipeline
 from tfopt.beam.model_handler import LockedProgram, ProgramHandler
 from tfopt.beam.rows import ReadRows
@@ -51,7 +51,7 @@ def test_the_same_bits_as_in_one_process(rows, beam_args):
     with runtime.open(MODEL, threads=1) as program:
         whole = data.load(source, specs)
         for start, (_, _, outputs) in zip(range(0, 50, 16), found, strict=True):
-            expected = inference.call(program, "serving_default", whole.take(slice(start, start + 16)))
+            expected = inference_job.call(program, "serving_default", whole.take(slice(start, start + 16)))
             for name, array in expected.items():
                 np.testing.assert_array_equal(array, outputs[name])
 

@@ -25,7 +25,7 @@ from tfopt.beam import pipeline
 from tfopt.beam.model_handler import ProgramHandler
 from tfopt.beam.rows import ReadRows
 from tfopt.errors import TfoptError
-from tfopt.inference import Job
+from tfopt.inference_job import Job
 from tfopt.prediction_records import Encoder, Place
 
 _WARNINGS = 20  # that are kept

@@ -24,7 +24,7 @@ from typing import Any
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 
-from tfopt import inference, runtime
+from tfopt import inference_job, runtime
 from tfopt.data import Dataset
 from tfopt.errors import TfoptError
 
@@ -42,11 +42,11 @@ class LockedProgram:
         self._lock = threading.Lock() if self.program.loader in (runtime.LITERT, runtime.PLAIN) else None
 
     def __call__(self, signature: str, batch: Dataset) -> runtime.Outputs:
-        """Runs a signature on a batch (see `tfopt.inference.call`)."""
+        """Runs a signature on a batch (see `tfopt.inference_job.call`)."""
         if self._lock is None:
-            return inference.call(self.program, signature, batch)
+            return inference_job.call(self.program, signature, batch)
         with self._lock:
-            return inference.call(self.program, signature, batch)
+            return inference_job.call(self.program, signature, batch)
 
 
 class ProgramHandler(ModelHandler[Dataset, PredictionResult, LockedProgram]):
