@@ -74,3 +74,14 @@ def test_taxi_trips_keep_their_key(shared, tmp_path):
     here = infer(model, trips, f"{tmp_path}/here/", **options)
     there = infer(model, trips, f"{tmp_path}/there/", beam_args="", **options)
     assert here.rows == there.rows == 300 and contents(here.files) == contents(there.files)
+
+
+def test_threads_share_a_tflite_file(shared, tmp_path):
+    model = shared / "models/kws-ds-cnn/kws_ref_model_float32.tflite"
+    rows = np.load(shared / "data/kws/kws01_first500.npz")["input_1"][:100]
+    np.savez(tmp_path / "rows.npz", input_1=rows.astype(np.float32))
+    source = str(tmp_path / "rows.npz")
+    threads = "--direct_running_mode=multi_threading --direct_num_workers=2"
+    here = infer(model, source, f"{tmp_path}/here/", shards=2, threads=1)
+    there = infer(model, source, f"{tmp_path}/there/", shards=2, threads=1, beam_args=threads)
+    assert contents(here.files) == contents(there.files) and here.rows == there.rows == 100
