@@ -44,7 +44,7 @@ def summing(step):
     return build
 
 
-@pytest.mark.parametrize("beam_args", ["", "--runner=DirectRunner --direct_running_mode=multi_threading"])
+@pytest.mark.parametrize("beam_args", ["", "--runner=DirectRunner --direct_running_mode=in_memory"])
 def test_one_result(beam_args):
     assert sorted(pipeline.run(summing(beam.Map(lambda x: x + 1)), beam_args)) == list(range(1, 41))
 
@@ -118,6 +118,8 @@ def test_what_a_step_raises_is_one_line(step, beam_args, message):
         ("junk", "Beam's DirectRunner knows no junk"),
         ("--direct_num_workers=x", "argument --direct_num_workers: invalid int value: 'x'"),
         ("--a 'b", "No closing quotation"),
+        ("--direct_running_mode=multi_threading", "multi_threading and data_buffer_time_limit_ms lose rows"),
+        ("--runner=FlinkRunner --experiments=data_buffer_time_limit_ms=5", "lose rows, by a race in Beam"),
         ("--runner=Nope", "--runner=Nope: Unexpected pipeline runner"),
         ("--runner=FlinkRunner", "add --temp_location"),
     ],

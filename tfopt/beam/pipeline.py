@@ -27,6 +27,7 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import (
+    DebugOptions,
     DirectOptions,
     GoogleCloudOptions,
     PipelineOptions,
@@ -71,6 +72,13 @@ def options(beam_args: str) -> PipelineOptions:
     strange += [a for a, before in zip(arguments, ["", *arguments], strict=False) if "-" not in (a[0], before[:1])]
     if strange and _is_local(parsed):
         raise TfoptError(f"--beam_args: Beam's DirectRunner knows no {', '.join(strange)}")
+    threads = _is_local(parsed) and parsed.view_as(DirectOptions).direct_running_mode == "multi_threading"
+    if threads or parsed.view_as(DebugOptions).lookup_experiment("data_buffer_time_limit_ms"):
+        # Beam 2.77 clears the buffer of a stream after a timer sent it: what was written in between is gone.
+        raise TfoptError(
+            "--beam_args: --direct_running_mode=multi_threading and data_buffer_time_limit_ms lose rows, by a race in "
+            "Beam: use multi_processing"
+        )
     return parsed
 
 
