@@ -205,7 +205,7 @@ def letters(count: int) -> list[str]:
     return [chr(ord("A") + index % 26) + str(index // 26 or "") for index in range(count)]
 
 
-def job_of(together: Counterparts, metrics: Sequence[str], output: str | None) -> Job:
+def job_of(together: Counterparts, metrics: Sequence[str], output: str | None = None) -> Job:
     """What to do with opened artifacts; arguments as those of `evaluate`.
 
     Raises:
