@@ -83,6 +83,8 @@ def test_versions_stand_beside_each_other_and_are_never_written_over(files, tmp_
     assert len(set(versions)) == 2 and {path.name for path in out.iterdir()} == set(versions)
     with pytest.raises(TfoptError, match=f"holds version {versions[0]} already"):
         push(model, out, tmp_path, version=int(versions[0]))
+    with pytest.raises(TfoptError, match="version must be a positive number, or 0"):
+        push(model, out, tmp_path, version=-1)
 
 
 @pytest.mark.parametrize(

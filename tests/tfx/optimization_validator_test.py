@@ -85,6 +85,19 @@ def test_a_tflite_file_that_lost_too_much_keeps_only_itself_back(validate):
     assert tflite["reasons"].startswith("int8: the error is") and "tflite_max_error=0.0001" in tflite["reasons"]
 
 
+def test_what_no_bar_is_for_is_not_blessed(validate):
+    blessing, tflite = validate(bars={"max_error": 1e-4})
+    assert (blessing["blessed"], tflite["blessed"]) == (1, 0)
+    assert tflite["reasons"].startswith("float32, int8: no bar is for it; give tflite_max_error, max_accuracy_drop")
+
+
+def test_a_model_is_as_good_as_itself(local, importer, folders):
+    given, rows = importer(DIGITS), importer(folders["examples"], "Examples")
+    validator = OptimizationValidator(given, given, rows, bars={"max_error": 0.0, "min_agreement": 1.0})
+    local.run(given.producer_component, rows.producer_component, validator)
+    assert local.last(validator.outputs["blessing"])["blessed"] == 1
+
+
 def test_what_cannot_be_run_is_a_reason(validate):
     blessing, tflite = validate("broken")
     assert blessing["blessed"] == 0 and blessing["reasons"].startswith("serving: ")

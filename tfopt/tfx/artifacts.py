@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import numbers
 import posixpath
 import tempfile
 import types
@@ -26,6 +27,7 @@ from tfopt.serving.client_stub import DESCRIPTION
 
 _MODEL = "saved_model.pb"
 _OLD_SERVING = "serving_model_dir"  # before TFX 0.29
+_LIMIT = 60_000  # characters of a property: MLMD may run on MySQL, whose TEXT holds 64 KiB
 _INVALID_ARGUMENT = 3  # google.rpc.Code; any code but 0 fails the execution
 
 Value = str | int | float
@@ -142,18 +144,27 @@ def properties(report: Report) -> dict[str, Value]:
             found[f"{prefix}_metric"] = artifact.accuracy.value
         if name == "serving":
             found["max_abs_error"] = artifact.max_abs_error
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: _plain(value) for name, value in found.items() if value is not None}
 
 
-def set_custom_properties(artifact: Artifact, values: Mapping[str, Value]) -> None:
-    """Sets custom properties by the type of each value."""
+def set_custom_properties(artifact: Artifact, values: Mapping[str, Any]) -> None:
+    """Sets custom properties by the type of each value; None is left out."""
     setters = {
         int: artifact.set_int_custom_property,
         float: artifact.set_float_custom_property,
         str: artifact.set_string_custom_property,
     }
     for name, value in values.items():
-        setters[type(value)](name, value)
+        if value is not None:
+            plain = _plain(value)
+            setters[type(plain)](name, plain)
+
+
+def _plain(value: Any) -> Value:
+    """A value as MLMD holds it: NumPy's scalars become numbers, and texts are cut."""
+    if isinstance(value, str):
+        return value[:_LIMIT]
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def custom_properties(artifact: Artifact) -> dict[str, Any]:

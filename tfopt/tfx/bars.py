@@ -41,13 +41,16 @@ class Bars:
 
     def problems(self, evaluation: Evaluation, tflite: bool) -> list[str]:
         """Why the second and later artifacts of an evaluation do not pass; one line each."""
-        found = evaluation.problems(
-            max_accuracy_drop=self.max_accuracy_drop,
-            max_error=self.tflite_max_error if tflite else self.max_error,
-            min_agreement=self.min_agreement,
-            bars=self.floors,
-        )
-        return [line.replace(" max_error=", " tflite_max_error=") for line in found] if tflite else found
+        own = "tflite_max_error" if tflite else "max_error"
+        asked = {
+            "max_accuracy_drop": self.max_accuracy_drop,
+            "max_error": getattr(self, own),
+            "min_agreement": self.min_agreement,
+        }
+        if not self.floors and all(bar is None for bar in asked.values()):
+            names = ", ".join(result.path for result in evaluation.results[1:])
+            return [f"{names}: no bar is for it; give {own}, max_accuracy_drop, min_agreement or floors"]
+        return [line.replace(" max_error=", f" {own}=") for line in evaluation.problems(**asked, bars=self.floors)]
 
 
 def parse_bars(given: str | Mapping[str, Any]) -> Bars:

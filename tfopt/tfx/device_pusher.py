@@ -99,6 +99,8 @@ def _reason_against(model: types.Artifact, blessing: types.Artifact | None, file
 
 def _version(base: str, wanted: int) -> str:
     """The version of a push: the one that is wanted, or else the time in seconds, which a later push never repeats."""
+    if wanted < 0:
+        raise TfoptError(f"DevicePusher: version must be a positive number, or 0 for the time; received {wanted}")
     if wanted:
         if fileio.exists(posixpath.join(base, str(wanted))):
             raise TfoptError(f"push_destination={base}: holds version {wanted} already; leave it out, or raise it")

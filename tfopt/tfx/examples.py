@@ -46,6 +46,8 @@ def sample(globs: str, rows: int, folder: str) -> tuple[str, int]:
     """
     import tensorflow as tf
 
+    if rows < 1:
+        raise TfoptError(f"representative_rows: wants 1 or more, received {rows}")
     spans = globs.split(",")
     records = [record for glob in spans for record in tf_records(glob, -(-rows // len(spans)))]
     path = posixpath.join(folder, "representative.tfrecord")

@@ -41,10 +41,8 @@ from tfopt.tfx import artifacts, examples
 from tfopt.tfx.bars import Bars, parse_bars
 
 EVALUATION = "evaluation.json"
-_TFLITE_ID = (
-    "tflite_model_id"  # by current_model_id a Resolver would take the files for the latest blessed Serving model
-)
-_LIMIT = 60_000  # characters of a property: what MySQL, which MLMD may run on, holds in a TEXT column
+# By current_model_id, a Resolver would take the files for the latest blessed model that serves.
+_TFLITE_ID = "tflite_model_id"
 
 
 class OptimizationValidatorExecutor(BaseBeamExecutor):
@@ -73,13 +71,11 @@ class OptimizationValidatorExecutor(BaseBeamExecutor):
         source = examples.source(inputs["examples"], parameters["eval_split"])
         (blessing,), (tflite_blessing,) = outputs["blessing"], outputs["tflite_blessing"]
         with artifacts.scratch() as folder:
-            paths = {artifacts.local(artifacts.serving_model(original), folder): "original"}
-            paths[artifacts.local(artifacts.serving_model(optimized), folder)] = "serving"
-            if tflite is not None:
-                files = artifacts.tflite_files(artifacts.local(tflite.uri, folder))
-                paths |= {file: posixpath.basename(file).removesuffix(".tflite") for file in files}
-            found = _evaluate(list(paths), source, bars, self._beam_args())
-        found.results = [dataclasses.replace(result, path=paths[result.path]) for result in found.results]
+            paths = [artifacts.local(artifacts.serving_model(each), folder) for each in (original, optimized)]
+            paths += [] if tflite is None else artifacts.tflite_files(artifacts.local(tflite.uri, folder))
+            found = _evaluate(paths, source, bars, self._beam_args())
+        names = ["original", "serving", *(posixpath.basename(path).removesuffix(".tflite") for path in paths[2:])]
+        found.results = [dataclasses.replace(r, path=name) for r, name in zip(found.results, names, strict=True)]
         first, serving, *device = found.results
         reasons = bars.problems(dataclasses.replace(found, results=[first, serving]), tflite=False)
         _bless(blessing, reasons, found, [first, serving], optimized, original)
@@ -117,13 +113,15 @@ def _evaluate(paths: list[str], source: str, bars: Bars, beam_args: str | None) 
     try:
         return run(paths)
     except TfoptError:
-        failures = {path: reason for path in paths[1:] if (reason := _unfit(paths[0], path, bars))}
-        if not failures:
+        reasons = [None, *(_unfit(paths[0], path, bars) for path in paths[1:])]
+        if not any(reasons):
             raise
-    fit = [path for path in paths if path not in failures]
+    fit = [path for path, reason in zip(paths, reasons, strict=True) if not reason]
     found = run(fit) if len(fit) > 1 or bars.metrics else Evaluation([Result(paths[0], "")], source, 0)
-    by_path = {result.path: result for result in found.results}
-    results = [by_path.get(path) or Result(path, "", failure=failures[path]) for path in paths]
+    left = iter(found.results)
+    results = [
+        Result(path, "", failure=reason) if reason else next(left) for path, reason in zip(paths, reasons, strict=True)
+    ]
     return dataclasses.replace(found, results=results)
 
 
@@ -161,7 +159,7 @@ def _bless(
         constants.ARTIFACT_PROPERTY_BLESSED_KEY: constants.BLESSED_VALUE if good else constants.NOT_BLESSED_VALUE,
         constants.ARTIFACT_PROPERTY_BASELINE_MODEL_URI_KEY: original.uri,
         constants.ARTIFACT_PROPERTY_BASELINE_MODEL_ID_KEY: original.id,
-        "reasons": "; ".join(reasons)[:_LIMIT],
+        "reasons": "; ".join(reasons),
         "samples": evaluation.rows,
     }
     if judged is not None:
@@ -182,7 +180,7 @@ def _figures(result: Result) -> dict[str, Any]:
     if result.equivalence is not None and not result.failure:
         found[f"{result.path}_max_error"] = result.equivalence.max_error
         found[f"{result.path}_agreement"] = result.equivalence.agreement
-    return {name: value for name, value in found.items() if value is not None}
+    return found
 
 
 class OptimizationValidatorSpec(ComponentSpec):

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from absl import logging
 from tfx import types
 from tfx.dsl.components.base.base_component import BaseComponent
 from tfx.dsl.components.base.base_executor import BaseExecutor
@@ -81,6 +82,7 @@ class OptimizerExecutor(BaseExecutor):
             result = optimize.optimize(model, made, options)
             report = result.report
             if result.failed and not parameters.get("allow_rejected"):
+                logging.error("%s", report.table())  # of outputs that fail, TFX keeps nothing
                 reasons = [f"{a.name}: {a.rejected}" for a in report.artifacts if a.name in result.failed]
                 raise TfoptError(
                     f"Optimizer: {'; '.join(reasons)} (allow_rejected=True goes on with what there is, and with the "
@@ -108,9 +110,8 @@ def _publish(report: Report, serving: str, kept: bool, outputs: dict[str, list[t
             names.append(artifact.name)
         elif artifact.name == "serving" and artifact.path:
             artifact.path = final
-    for name in (
-        artifacts.client_files(serving) if names and not kept else ()
-    ):  # how to make the inputs of the TFLite files of an example
+    clients = artifacts.client_files(serving) if names and not kept else []
+    for name in clients:  # how to make the inputs of the TFLite files of an example
         io_utils.copy_file(posixpath.join(serving, name), posixpath.join(tflite.uri, name))
     io_utils.write_string_file(posixpath.join(recorded.uri, "report.json"), report.to_json())
     io_utils.write_string_file(posixpath.join(recorded.uri, "report.html"), report.html())
