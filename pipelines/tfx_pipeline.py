@@ -23,16 +23,19 @@ from tfopt import isolate
 from tfopt.errors import TfoptError
 
 NAME = "taxi"
-# From tf.Examples to one input a feature: a device has no tf.Examples, nor LiteRT an op that reads them.
-RECIPE = [
-    "prune_graph",
-    "fold_constants",
-    "compact_signature",
-    {"pass": "client_lookups", "inputs": "*"},
-    "fold_affine",
-    "merge_duplicates",
-    "prune_graph",
-]
+# One input a feature: a device has no tf.Examples, nor LiteRT an op that reads them. The serving model takes both.
+RECIPE = {
+    "name": "taxi",
+    "passes": [
+        "prune_graph",
+        "fold_constants",
+        "compact_signature",
+        {"pass": "client_lookups", "inputs": "*"},
+        "fold_affine",
+        "merge_duplicates",
+        "prune_graph",
+    ],
+}
 
 FLAGS = flags.FLAGS
 
@@ -50,7 +53,7 @@ def create_pipeline(
     metric: str = "auc",
     max_accuracy_drop: float | None = 0.01,
     max_error: float | None = None,
-    recipe: str | list[Any] | None = None,
+    recipe: str | dict[str, Any] | None = None,
     tflite: Sequence[str] = ("dynamic_int8",),
     verify: bool = True,
     measure_latency: bool = True,
@@ -70,7 +73,7 @@ def create_pipeline(
       metric: of `tfopt.metrics.METRICS`.
       max_accuracy_drop: how much worse than the original's it may be, for the serving model and for TFLite files.
       max_error: largest error of the serving model, over the scale of the output; None does not look at it.
-      recipe: a name, JSON, or a .json file; None takes `RECIPE`.
+      recipe: a name, JSON (or what it holds), or a .json file; None takes `RECIPE`.
       tflite: names of files for devices.
       verify: check each pass.
       measure_latency: and memory, of each artifact.
@@ -116,7 +119,6 @@ def create_pipeline(
             "tflite": list(tflite),
             "verify": verify,
             "measure_latency": measure_latency,
-            "keep_example_signature": False,  # a TFLite file holds all signatures
         },
     )
     made = optimizer.outputs

@@ -80,15 +80,17 @@ def metadata(tmp_path_factory):
     gen = [("examples", rows)]
     recorder.execute("CsvExampleGen", [], gen, input_base="/data", input_config="{}")
     model = recorder.artifact("Model", "/root/Trainer/model/2")
-    recorder.execute("Trainer", gen, [("model", model)], train_args='{\n  "num_steps": 400\n}')
+    logs = recorder.artifact("ModelRun", "/root/Trainer/model_run/2")
+    trained = [("model", model), ("model_run", logs)]
+    recorder.execute("Trainer", gen, trained, train_args='{\n  "num_steps": 400\n}')
     blessing = recorder.artifact("ModelBlessing", "/root/Validator/blessing/3", blessed=1)
-    recorder.execute("Validator", [*gen, ("model", model)], [("blessing", blessing)])
+    recorder.execute("Validator", [*gen, *trained], [("blessing", blessing)])
     pushed = recorder.artifact("PushedModel", "/root/Pusher/pushed_model/4", pushed=1, pushed_destination="/serving/17")
     both = [("model", model), ("model_blessing", blessing)]
     recorder.execute("Pusher", both, [("pushed_model", pushed)])
     recorder.new_run("2026-01-02")
     recorder.execute("CsvExampleGen", [], gen, "CACHED", input_base="/data")
-    recorder.execute("Trainer", gen, [("model", model)], "CACHED")
+    recorder.execute("Trainer", gen, trained, "CACHED")
     again = recorder.artifact("PushedModel", "/root/Pusher/pushed_model/7", pushed=1, pushed_destination="/serving/18")
     recorder.execute("Pusher", both, [("pushed_model", again)])
     recorder.new_run("2026-01-03", "another")
@@ -97,7 +99,7 @@ def metadata(tmp_path_factory):
 
 
 TREE = """\
-PushedModel 4  /root/Pusher/pushed_model/4
+PushedModel 5  /root/Pusher/pushed_model/4
 │    pushed = 1
 │    pushed_destination = /serving/17
 └─ Pusher, execution 4, COMPLETE
@@ -108,24 +110,26 @@ PushedModel 4  /root/Pusher/pushed_model/4
    │        │    split_names = ["train", "eval"]
    │        └─ CsvExampleGen, execution 1, COMPLETE, cached in execution 5
    │                input_base = /data
-   └─ model_blessing: ModelBlessing 3  /root/Validator/blessing/3
+   └─ model_blessing: ModelBlessing 4  /root/Validator/blessing/3
       │    blessed = 1
       └─ Validator, execution 3, COMPLETE
-         ├─ examples: Examples 1 (see above)  /root/CsvExampleGen/examples/1
-         └─ model: Model 2 (see above)  /root/Trainer/model/2
+         ├─ examples: Examples 1 (see above)
+         ├─ model: Model 2 (see above)
+         └─ model_run: ModelRun 3  /root/Trainer/model_run/2
+            └─ Trainer, execution 2 (see above)
 """
 
 
 def test_the_tree_goes_back_to_the_examples(metadata):
-    assert lineage.draw(lineage.trace(metadata, 4)) == TREE
+    assert lineage.draw(lineage.trace(metadata, 5)) == TREE
     assert lineage.draw(lineage.trace(metadata, pushed="/serving/17/")) == TREE
 
 
 @pytest.mark.parametrize("pushed", ["/serving/18", "/serving", "/serving/", None])
 def test_a_folder_of_versions_means_the_latest(metadata, pushed):
     found = lineage.trace(metadata, pushed=pushed)
-    assert found.roots == (5,)
-    assert found.artifacts[5].producer == 7 and found.executions[7].state == "COMPLETE"
+    assert found.roots == (6,)
+    assert found.artifacts[6].producer == 7 and found.executions[7].state == "COMPLETE"
     assert sorted(found.executions) == [1, 2, 3, 5, 6, 7]  # the other push is not behind it
 
 
@@ -141,7 +145,7 @@ def test_last_run_of_a_pipeline(metadata):
         ("Trainer", "CACHED"),
         ("Pusher", "COMPLETE"),
     ]
-    assert run.roots == (1, 2, 5)
+    assert run.roots == (1, 2, 3, 6)
     (failed,) = last_run(metadata, "another").executions.values()
     assert failed.state == "FAILED"
     with pytest.raises(TfoptError, match="no run of a pipeline 'tax'"):
@@ -156,13 +160,13 @@ def command(*flags):
 
 def test_command_prints_json_and_writes_nothing(metadata):
     before = metadata.read_bytes()
-    done = command(f"--metadata={metadata}", "--artifact_id=4", "--format=json")
+    done = command(f"--metadata={metadata}", "--artifact_id=5", "--format=json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["roots"] == [4]
-    assert [each["id"] for each in told["artifacts"]] == [1, 2, 3, 4]
+    assert told["roots"] == [5]
+    assert [each["id"] for each in told["artifacts"]] == [1, 2, 3, 4, 5]
     (trainer,) = [each for each in told["executions"] if each["component"] == "Trainer" and each["state"] == "COMPLETE"]
-    assert trainer["inputs"] == [["examples", 1]] and trainer["outputs"] == [["model", 2]]
+    assert trainer["inputs"] == [["examples", 1]] and trainer["outputs"] == [["model", 2], ["model_run", 3]]
     assert metadata.read_bytes() == before
     assert command(f"--metadata={metadata}", "--pushed=/serving/17").stdout == TREE
 

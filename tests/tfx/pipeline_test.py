@@ -110,7 +110,7 @@ def test_runs_and_pushes(first):
     assert serving["serving_max_error"] < 1e-4
     assert tflite["dynamic_int8_auc"] == pytest.approx(serving["original_auc"], abs=0.01)
     (report,) = first.properties("OptimizationReport").values()
-    assert report["optimized_bytes"] < report["original_bytes"] / 2
+    assert report["optimized_bytes"] < report["original_bytes"] * 0.6
     assert report["samples"] == serving["samples"] > 4_000
     versions = first.versions()
     assert [len(each) for each in versions.values()] == [1, 1]
@@ -121,7 +121,7 @@ def test_runs_and_pushes(first):
 
 
 def test_pushed_models_answer(first):
-    """Both kinds, fed by the client that was pushed with them, as the trained model on the tf.Examples."""
+    """As the trained model does: on tf.Examples, and the TFLite file on what its client makes of their features."""
     import tensorflow as tf
     from ai_edge_litert.interpreter import Interpreter
 
@@ -131,8 +131,8 @@ def test_pushed_models_answer(first):
     records = tf.data.TFRecordDataset(files, "GZIP").take(50)
     records = np.array(list(records.as_numpy_iterator()), dtype=object)
     expected = serve_v1(first.place("Trainer.model") + "/Format-Serving", {"examples": records})["probability"]
-    inputs = client_of(serving).inputs([features(record) for record in records])
-    assert np.abs(serve_v1(serving, inputs)["probability"] - expected).max() < 1e-5
+    assert np.abs(serve_v1(serving, {"examples": records})["probability"] - expected).max() < 1e-5
+    inputs = client_of(device).inputs([features(record) for record in records])
     runner = Interpreter(str(device / "dynamic_int8.tflite")).get_signature_runner()
     given = np.concatenate(
         [runner(**{name: value[i : i + 1] for name, value in inputs.items()})["probability"] for i in range(50)]
@@ -230,8 +230,11 @@ def test_bad_usage_ends_in_one_line(tmp_path, flags, message):
 
 
 def test_a_component_that_fails_is_named(tmp_path):
+    """In one line, though Beam raises with the stack trace of a worker."""
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "rows.csv").write_text("fare,tips\n" + "1.0,2.0\n" * 50)
+    (tmp_path / "data" / "rows.csv").write_text("fare,tips\n1.0,2.0\n3.0,4.0,5.0\n")
     done = script(tmp_path, tmp_path / "data")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: Trainer failed: taxi_trainer: the data lack the columns ")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: TaxiExampleGen failed: Columns do not match specified csv headers")
+    assert not list((tmp_path / "root" / "TaxiExampleGen" / "examples").glob("*"))

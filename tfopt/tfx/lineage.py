@@ -119,13 +119,14 @@ def draw(lineage: Lineage) -> str:
     """Draws the way back from each root as a tree; what was drawn before is only named."""
     lines: list[str] = []
     seen: set[int] = set()
+    drawn: set[int] = set()
 
     def artifact(number: int, label: str, first: str, rest: str) -> None:
         this = lineage.artifacts[number]
-        again = " (see above)" if number in seen else ""
-        lines.append(f"{first}{label}{this.type} {this.id}{again}  {this.uri}")
-        if again:
+        if number in seen:
+            lines.append(f"{first}{label}{this.type} {this.id} (see above)")
             return
+        lines.append(f"{first}{label}{this.type} {this.id}  {this.uri}")
         seen.add(number)
         producer = lineage.executions.get(this.producer or 0)
         lines.extend(_facts(this.properties, rest + ("│    " if producer else "     ")))
@@ -133,6 +134,10 @@ def draw(lineage: Lineage) -> str:
             execution(producer, rest)
 
     def execution(this: Execution, prefix: str) -> None:
+        if this.id in drawn:
+            lines.append(f"{prefix}└─ {this.component}, execution {this.id} (see above)")
+            return
+        drawn.add(this.id)
         cached = f", cached in execution {', '.join(map(str, this.cached))}" if this.cached else ""
         lines.append(f"{prefix}└─ {this.component}, execution {this.id}, {this.state}{cached}")
         below = prefix + "   "
