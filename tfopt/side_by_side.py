@@ -47,6 +47,7 @@ class Seen:
 
     Attributes:
       rows: how many.
+      end: number of the last row, plus 1; `rows` where none was lost and none doubled.
       tallies: (index of the artifact, metric) -> its tally.
       equivalences: index of the artifact -> how far its outputs are from those of the first.
       failures: index of the artifact -> why it cannot be run; of several reasons the first by the alphabet.
@@ -54,7 +55,7 @@ class Seen:
     """
 
     def __init__(self, job: Job):
-        self.rows = 0
+        self.rows = self.end = 0
         artifacts = range(len(job.asked))
         self.tallies: dict[tuple[int, str], Tally] = {(i, m): tally(m) for i in artifacts for m in job.metrics}
         self.equivalences = {i: Equivalence() for i in artifacts[1:]}
@@ -87,7 +88,7 @@ class Seen:
                 if not index:
                     raise
                 self.failures[index] = str(error)
-        self.rows += count
+        self.rows, self.end = self.rows + count, max(self.end, ids.stop)
         self._warn(rows.warnings)
 
     def _score(self, job: Job, index: int, outputs: runtime.Outputs, rows: Dataset) -> None:
@@ -105,7 +106,7 @@ class Seen:
 
     def merge(self, other: Seen) -> None:
         """Adds what was seen of other rows."""
-        self.rows += other.rows
+        self.rows, self.end = self.rows + other.rows, max(self.end, other.end)
         for key, each in other.tallies.items():
             self.tallies[key].merge(each)
         for index, apart in other.equivalences.items():
@@ -125,7 +126,7 @@ class Seen:
         for index, apart in self.equivalences.items():
             yield (index, "", 0), apart
         rest = Seen(Job(()))
-        rest.rows, rest.failures, rest.warnings = self.rows, self.failures, self.warnings
+        rest.rows, rest.end, rest.failures, rest.warnings = self.rows, self.end, self.failures, self.warnings
         yield (-1, "", 0), rest
 
 

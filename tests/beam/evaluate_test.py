@@ -105,6 +105,17 @@ def test_logged_requests_are_compared(artifacts, logs):
     assert here == there
 
 
+@pytest.mark.parametrize("times, seen", [(0, 476), (2, 524)])
+def test_a_runner_that_loses_or_doubles_rows_is_found_out(artifacts, rows, times, seen):
+    with opened(artifacts[:2], "AB") as together:
+        job, read = evaluation.job_of(together, []), ReadRows(rows, together.specs, batch_size=24)
+    spoilt = beam.ptransform_fn(
+        lambda start: start | read | beam.FlatMap(lambda b: [b] * (times if b.start == 48 else 1))
+    )
+    with pytest.raises(TfoptError, match=f"the runner lost or doubled rows: {seen} were seen of 500"):
+        observe(job, spoilt(), "", 2)
+
+
 def test_errors_are_one_line(artifacts, rows, tmp_path):
     with pytest.raises(TfoptError, match="DirectRunner knows no --nope"):
         evaluation.evaluate(artifacts, rows, beam_args="--nope=1")

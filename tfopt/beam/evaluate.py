@@ -25,6 +25,7 @@ from tfopt.beam import pipeline
 from tfopt.beam.model_handler import local_copy
 from tfopt.beam.rows import ReadRows
 from tfopt.data import Dataset
+from tfopt.errors import TfoptError
 from tfopt.side_by_side import Job, Key, Seen, joined, reduced
 
 _ROWS = 1 << 17  # that a worker gathers before it sends: it holds their scores
@@ -61,9 +62,14 @@ def observe(job: Job, rows: ReadRows, beam_args: str, threads: int) -> Seen:
     """Runs `Evaluate` to its end.
 
     Raises:
-      TfoptError: see `pipeline.run`.
+      TfoptError: see `pipeline.run`; or the runner lost or doubled rows, as some do.
     """
-    return pipeline.run(lambda start: start | "Rows" >> rows | "Evaluate" >> Evaluate(job, threads), beam_args)
+    seen = pipeline.run(lambda start: start | "Rows" >> rows | "Evaluate" >> Evaluate(job, threads), beam_args)
+    if seen.rows != seen.end:
+        raise TfoptError(
+            f"--beam_args: the runner lost or doubled rows: {seen.rows:,} were seen of {seen.end:,}; use another one"
+        )
+    return seen
 
 
 class _Programs:
