@@ -129,6 +129,13 @@ def test_a_missing_beam_is_one_line(built, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("changed", [{}, {"representative_data": "r.npz"}, {"recipe": "device_int8"}])
+def test_beam_that_would_do_nothing_is_refused(changed, built, tmp_path, monkeypatch):
+    monkeypatch.setattr("tfopt.optimize.need_beam", lambda _: None)
+    with pytest.raises(TfoptError, match=r"^--beam_args: nothing would run on Beam: give --eval_data, or"):
+        optimize(built("shared_weights"), tmp_path / "out", options(beam_args="", **changed))
+
+
 def _evaluation(path, rows_):
     images = rows(rows_, 8, 8, 1, seed=9)
     labels = answers(path, {"serving_default": {"image": images}})["serving_default"][0]["output_0"].argmax(1)

@@ -384,8 +384,12 @@ def _check(options: Options, steps: recipe.Recipe) -> None:
         raise TfoptError(f"--io_type: choose from {', '.join(tflite.IO_TYPES)}; received {options.io_type!r}")
     if options.beam_args is not None:
         need_beam("--beam_args")
-        if not options.representative_data and not options.eval_data:
-            raise TfoptError("--beam_args needs --representative_data or --eval_data: there are no rows to read")
+        calibrates = [name for name, _ in steps.steps if "ranges" in passes.get(name).makes]
+        if not options.eval_data and not (calibrates and options.representative_data):
+            raise TfoptError(
+                "--beam_args: nothing would run on Beam: give --eval_data, or --representative_data and a recipe that "
+                "calibrates, such as --recipe=device_int8"
+            )
     if options.runtime not in tflite.RUNTIMES:
         raise TfoptError(f"--runtime: choose from {', '.join(tflite.RUNTIMES)}; received {options.runtime!r}")
 

@@ -15,6 +15,7 @@ logits, all rows decide: probabilities where every score is in [0, 1]. Both read
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from tfopt.exact_sum import ExactSum
 from tfopt.scores import class_ids, class_scores, difference, in_unit_interval
 from tfopt.tally_base import Tally
 
+_FEW = 1 << 12  # classes
 _PROBABILITIES, _LOGITS = "probabilities", "logits"
 
 
@@ -50,8 +52,8 @@ class _Classes(Tally):
             else:
                 predicted = columns[:, 0] if ids is not None else columns.argmax(axis=1)
             for place, chosen in enumerate((predicted[predicted == truth], predicted, truth)):
-                for c, count in zip(*np.unique(chosen, return_counts=True), strict=True):
-                    table.setdefault(c.item(), [0, 0, 0])[place] += int(count)
+                for c, count in _counted(chosen):
+                    table.setdefault(c, [0, 0, 0])[place] += count
 
     def _merge(self, other: _Classes) -> None:
         if _PROBABILITIES not in other.found:
@@ -82,6 +84,16 @@ class _Classes(Tally):
         right, predicted, true = table.get(1, (0, 0, 0))
         apart = {"tp": right, "fp": predicted - right, "fn": true - right}
         return {"hits": hits, "positives": true, **apart, "tn": total - sum(apart.values())}
+
+
+def _counted(ids: np.ndarray) -> Iterable[tuple[float, int]]:
+    """Each class id, and how often it is there."""
+    if ids.dtype == np.int64 and ids.size and ids.min() >= 0 and ids.max() < _FEW:  # which needs no sorting
+        counts = np.bincount(ids)
+        classes = np.flatnonzero(counts)
+        return zip(classes.tolist(), counts[classes].tolist(), strict=True)
+    classes, counts = np.unique(ids, return_counts=True)
+    return zip(classes.tolist(), counts.tolist(), strict=True)
 
 
 class _Top5(Tally):
