@@ -57,7 +57,7 @@ def infer(
     """Runs a signature on every row of a source, and writes a record for each.
 
     Args:
-      model: a SavedModel directory or a .tflite file.
+      model: a SavedModel directory or a .tflite file; remote ones for Beam only.
       data: a source of rows (see `tfopt.data.load`).
       output: a directory, or what the names of the files begin with (see `prediction_records.place`).
       signature: None takes serving_default, or the only one.
@@ -83,7 +83,12 @@ def infer(
         raise TfoptError(f"--output={output}: this process writes local files; --beam_args='' writes to Beam's others")
     where = place(output, shards or (1 if beam_args is None else _BEAM_SHARDS))
     with contextlib.ExitStack() as stack:
-        program = stack.enter_context(runtime.open(model, threads=threads))
+        path = str(model)
+        if beam_args is not None and "://" in path:
+            from tfopt.beam.model_handler import local_copy
+
+            path = local_copy(path)
+        program = stack.enter_context(runtime.open(path, threads=threads))
         name = check_signature(program, signature)
         encoder = Encoder(format, name, tuple(outputs), tuple(keep), Path(model).name)
         specs = program.signatures[name].inputs

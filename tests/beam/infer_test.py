@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 pytest.importorskip("apache_beam", reason="make test-tfx runs it")
+
+from apache_beam.io.localfilesystem import LocalFileSystem
 
 from tests.conftest import REPO
 from tfopt import prediction_records
@@ -85,3 +88,57 @@ def test_threads_share_a_tflite_file(shared, tmp_path):
     here = infer(model, source, f"{tmp_path}/here/", shards=2, threads=1)
     there = infer(model, source, f"{tmp_path}/there/", shards=2, threads=1, beam_args=threads)
     assert contents(here.files) == contents(there.files) and here.rows == there.rows == 100
+
+
+class Remote(LocalFileSystem):
+    """remote://x is what the environment calls x; Beam finds the class by its scheme."""
+
+    @classmethod
+    def scheme(cls):
+        return "remote"
+
+    def _real(self, path):
+        return path.replace("remote:/", os.environ["TFOPT_TEST_REMOTE"])
+
+    def join(self, base, *paths):
+        return "/".join([base.rstrip("/"), *paths])
+
+    def match(self, patterns, limits=None):
+        found = super().match([self._real(pattern) for pattern in patterns], limits)
+        for matched in found:
+            for meta in matched.metadata_list:
+                meta.path = meta.path.replace(os.environ["TFOPT_TEST_REMOTE"], "remote:/")
+        return found
+
+    def mkdirs(self, path):
+        return super().mkdirs(self._real(path))
+
+    def create(self, path, *arguments, **options):
+        return super().create(self._real(path), *arguments, **options)
+
+    def open(self, path, *arguments, **options):
+        return super().open(self._real(path), *arguments, **options)
+
+    def rename(self, old, new):
+        return super().rename([self._real(p) for p in old], [self._real(p) for p in new])
+
+    def exists(self, path):
+        return super().exists(self._real(path))
+
+    def delete(self, paths):
+        return LocalFileSystem(None).delete([self._real(path) for path in paths])
+
+
+def test_remote_artifacts_and_outputs(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFOPT_TEST_REMOTE", str(tmp_path / "bucket"))
+    shutil.copytree(MODEL, tmp_path / "bucket/digits")
+    (tmp_path / "bucket/out").mkdir()
+    here = infer(MODEL, source, f"{tmp_path}/here/", shards=2)
+    there = infer("remote://digits", source, "remote://out/", shards=2, beam_args="")
+    assert there.files[0] == "remote://out/predictions-00000-of-00002.tfrecord.gz"
+    files = [tmp_path / "bucket/out" / Path(file).name for file in there.files]
+    assert contents(here.files) == contents(files) and sorted((tmp_path / "bucket/out").iterdir()) == files
+    with pytest.raises(TfoptError, match="is there already; pass --overwrite"):
+        infer("remote://digits", source, "remote://out/", shards=3, beam_args="")
+    infer("remote://digits", source, "remote://out/", shards=1, beam_args="", overwrite=True)
+    assert [file.name for file in (tmp_path / "bucket/out").iterdir()] == ["predictions-00000-of-00001.tfrecord.gz"]

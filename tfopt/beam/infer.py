@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
+from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.ml.inference.base import PredictionResult, RunInference
 
@@ -124,7 +125,8 @@ def _write_anywhere(path: str, records: Iterable[bytes]) -> None:
     with tempfile.TemporaryDirectory(prefix="tfopt-infer-") as folder:
         local = Path(folder) / "file"
         prediction_records.write_file(str(local), records)
-        with local.open("rb") as source, FileSystems.create(path) as target:
+        as_it_is = CompressionTypes.UNCOMPRESSED  # Beam would compress what is called .gz again
+        with local.open("rb") as source, FileSystems.create(path, compression_type=as_it_is) as target:
             shutil.copyfileobj(source, target, 1 << 24)
 
 

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 
@@ -97,13 +98,20 @@ def local_copy(path: str) -> str:
         return path
     root = path.rstrip("/")
     copy = Path(tempfile.mkdtemp(prefix="tfopt-artifact-"), root.rpartition("/")[2])
-    found = FileSystems.match([f"{root}/**", root])
-    files = {meta.path for matched in found for meta in matched.metadata_list}
+    files = _matches(f"{root}/**") or _matches(root)  # a directory matches its own name too, where there are some
     if not files:
         raise TfoptError(f"{path}: no such SavedModel directory or .tflite file")
     for file in files:
         target = copy / file[len(root) :].lstrip("/")  # the copy itself, where the artifact is one file
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileSystems.open(file) as source, target.open("wb") as stream:
+        with (
+            FileSystems.open(file, compression_type=CompressionTypes.UNCOMPRESSED) as source,
+            target.open("wb") as stream,
+        ):
             shutil.copyfileobj(source, stream, 1 << 24)
     return str(copy)
+
+
+def _matches(pattern: str) -> list[str]:
+    (found,) = FileSystems.match([pattern])
+    return [meta.path for meta in found.metadata_list if not meta.path.endswith("/")]
