@@ -112,7 +112,7 @@ def test_an_artifact_that_fails_on_some_rows(artifacts, rows, tmp_path):
     assert "x is too large" in found.results[1].failure and not found.results[1].metrics
     assert found.results[2].failure is None and found.results[2].metrics["accuracy"].samples == 50
     (problem,) = found.problems()
-    assert problem.startswith(f"{given[1]}: ") and "FAILED" in draw(found)
+    assert problem == found.results[1].failure and problem.startswith(f"{given[1]}: ") and "FAILED" in draw(found)
     with pytest.raises(TfoptError, match="x is too large"):
         evaluate(given[1:], rows)
 

@@ -62,7 +62,7 @@ def problems(
         if not lines:
             lines += _of_metrics(results[0], result, max_accuracy_drop, bars or {})
             lines += _of_outputs(result, max_error, min_agreement)
-        found += [f"{result.path}: {line}" for line in lines]
+        found += [line if line.startswith(f"{result.path}: ") else f"{result.path}: {line}" for line in lines]
     return found
 
 
