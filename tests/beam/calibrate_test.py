@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("apache_beam", reason="make test-tfx runs it")
 
+import apache_beam as beam
 import tensorflow as tf
 
 from tests.calibration_test import Net, data, node
@@ -102,6 +103,19 @@ def test_what_cannot_be_calibrated_ends_in_one_line(net, tmp_path):
         calibrate.observe(net, "open", ["nowhere"], npz(tmp_path, rows), "")
     with pytest.raises(TfoptError, match="no signature 'none'"):
         calibrate.observe(net, "none", [product], npz(tmp_path, rows), "")
+
+
+@pytest.mark.parametrize(("brought", "seen"), [([1, 2, 3, 4], 472), ([0, 1, 2, 2, 3, 4], 728)])
+@pytest.mark.parametrize("counts", [False, True])
+def test_rows_that_a_runner_loses_or_doubles_are_missed(brought, seen, counts, net, tmp_path, monkeypatch):
+    class Runner(calibrate.ReadRows):
+        def expand(self, start):
+            every = list(self.batches)
+            return start | beam.Create([every[k] for k in brought]) | beam.Reshuffle()
+
+    monkeypatch.setattr(calibrate, "ReadRows", Runner)
+    with pytest.raises(TfoptError, match=f"the runner lost or doubled rows: {seen} were seen of 600"):
+        calibrate.observe(net, "open", [node(net, "MatMul")], npz(tmp_path, data(600, 4)), "", counts)
 
 
 def test_state_is_refused(tmp_path):

@@ -1,6 +1,6 @@
 """Calibration on Beam: what `tfopt.calibration.observe` sees of tensors, over rows that no one machine has to hold.
 
-    rows | ReadRows(...) | Observe(job)      one element, reference -> tfopt.clipping.Observed
+    rows | ReadRows(...) | Observe(job)      one element, a Seen: reference -> tfopt.clipping.Observed
 
 Every worker runs the model, opened at the tensors, on its batches; their extremes are merged, go to all workers, and
 are what the histograms are counted between, which merge by addition. Every batch but the last has the rows of a call
@@ -40,7 +40,38 @@ from tfopt.model import Model
 from tfopt.model import load as load_model
 from tfopt.verify import features, input_specs
 
-Seen = dict[str, Observed]
+
+@dataclasses.dataclass
+class Seen:
+    """What was seen of some rows.
+
+    Attributes:
+      rows: how many.
+      end: number of the last row, plus 1; `rows` where none was lost and none doubled.
+      tensors: reference -> extremes, and perhaps counts; those that hold values.
+    """
+
+    rows: int = 0
+    end: int = 0
+    tensors: dict[str, Observed] = dataclasses.field(default_factory=dict)
+
+    def merge(self, other: Seen) -> None:
+        """Takes in what was seen elsewhere, which is left as it is."""
+        self.rows, self.end = self.rows + other.rows, max(self.end, other.end)
+        for ref, found in other.tensors.items():
+            self.tensors.setdefault(ref, Observed()).merge(found)
+
+    def check(self) -> None:
+        """Raises where the runner did not bring every row once.
+
+        Raises:
+          TfoptError: it says how many rows it brought.
+        """
+        if self.rows != self.end:
+            raise TfoptError(
+                f"--beam_args: the runner lost or doubled rows: {self.rows:,} were seen of {self.end:,}; "
+                "use another one"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +94,7 @@ class Job:
 
 
 class Observe(beam.PTransform):
-    """PCollection[tfopt.data.Dataset] -> PCollection of one dict: reference -> tfopt.clipping.Observed."""
+    """PCollection[tfopt.data.Dataset] -> PCollection of one `Seen`."""
 
     def __init__(self, job: Job, counts: bool = True):
         """Takes what can be pickled.
@@ -113,8 +144,9 @@ def observe(
     with _published(opened, beam_args) as path:
         job = Job(path, signature, tuple(refs), size, first if fixed else None)
         seen = pipeline.run(lambda start: start | "Rows" >> rows | "Observe" >> Observe(job, counts), beam_args)
-    calibration.check_seen(seen, refs, source)
-    return {ref: seen[ref] for ref in refs}
+    seen.check()
+    calibration.check_seen(seen.tensors, refs, source)
+    return {ref: seen.tensors[ref] for ref in refs}
 
 
 def _typed(opened: Model, signature: str) -> Model:
@@ -167,14 +199,14 @@ class _Looking(beam.DoFn):
         self._opened = self._shared.acquire(lambda: _Opened(self._job.path))
 
     def start_bundle(self) -> None:
-        self._seen: Seen = {}
+        self._seen = Seen()
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
-        if self._seen:
-            yield WindowedValue(self._seen, GlobalWindow().max_timestamp(), [GlobalWindow()])
+        yield WindowedValue(self._seen, GlobalWindow().max_timestamp(), [GlobalWindow()])
 
     def _tensors(self, rows: Dataset) -> dict[str, np.ndarray]:
         job = self._job
+        self._seen.merge(Seen(len(rows), rows.start + len(rows)))
         inputs = rows.inputs if job.first is None else calibration.filled(rows, job.size, job.first)
         return calibration.inner(self._opened.function, job.signature, job.refs, inputs)
 
@@ -183,32 +215,31 @@ class _Extremes(_Looking):
     def process(self, rows: Dataset) -> None:
         calibration.check_inputs(rows)
         for ref, found in calibration.extremes(self._tensors(rows), rows).items():
-            self._seen.setdefault(ref, Observed()).merge(found)
+            self._seen.tensors.setdefault(ref, Observed()).merge(found)
 
 
 class _Counts(_Looking):
     def process(self, rows: Dataset, extremes: Seen) -> None:
+        extremes.check()
         for ref, array in self._tensors(rows).items():
-            if ref in extremes:  # where nothing was seen, that is an error in the end
-                between = Observed(extremes[ref].low, extremes[ref].high)
-                self._seen.setdefault(ref, between).add(array)
+            if ends := extremes.tensors.get(ref):  # where nothing was seen, that is an error in the end
+                self._seen.tensors.setdefault(ref, Observed(ends.low, ends.high)).add(array)
 
 
 class _Merge(beam.CombineFn):
     """Merges what was seen; does not change what it is given."""
 
     def create_accumulator(self) -> Seen:
-        return {}
+        return Seen()
 
     def add_input(self, merged: Seen, seen: Seen) -> Seen:
-        for ref, found in seen.items():
-            merged.setdefault(ref, Observed()).merge(found)
+        merged.merge(seen)
         return merged
 
     def merge_accumulators(self, accumulators: Iterable[Seen]) -> Seen:
-        merged: Seen = {}
+        merged = Seen()
         for each in accumulators:
-            self.add_input(merged, each)
+            merged.merge(each)
         return merged
 
     def extract_output(self, merged: Seen) -> Seen:
