@@ -5,7 +5,8 @@
 
 The rows are taxi trips (or digits, where ../shared is not there) drawn with replacement from real ones, with noise on
 their numbers, in 16 gzipped TFRecords. Every runtime has one thread. Start-up, of workers that import TensorFlow and
-open the model, is told apart by a run on the first file alone: the speed beyond it is that of the other 15.
+open the model, is told apart by a run on the first file alone: the speed beyond it is that of the other 15 ("-" where
+they took no tenth longer). CPU seconds, of all processes, are what a busy machine does not change much.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import resource
 import sys
 import tempfile
 import time
@@ -90,11 +92,17 @@ def inferred(model: str, source: str, folder: Path, beam_args: str | None, batch
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in done.files)).hexdigest()
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Returns seconds and the result."""
-    started = time.monotonic()
+def timed(call: Callable[[], Any]) -> tuple[float, float, Any]:
+    """Returns wall seconds, CPU seconds of this process and of those that ended under it, and the result."""
+    started, cpu = time.monotonic(), cpu_seconds()
     result = call()
-    return time.monotonic() - started, result
+    return time.monotonic() - started, cpu_seconds() - cpu, result
+
+
+def cpu_seconds() -> float:
+    """Returns what this process and its ended children used so far."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def main() -> None:
@@ -113,8 +121,8 @@ def main() -> None:
         (write_trips if taxi else write_digits)(folder, arguments.rows)
         everything, first = str(folder / "rows-*.gz"), str(folder / "rows-00000.gz")
         print(f"{arguments.rows} rows of {NAME if taxi else 'digits'}, batches of {arguments.batch_size}, seconds:\n")
-        print("| what | where | first file | all files | rows/s | rows/s beyond start-up | over one process |")
-        print("|---|---|---|---|---|---|---|")
+        print("| what | where | first file | all files | CPU | rows/s | rows/s beyond start-up | over one process |")
+        print("|---|---|---|---|---|---|---|---|")
         differ = False
         for what in arguments.what.split(","):
             one_speed, expected = 0.0, None
@@ -125,14 +133,14 @@ def main() -> None:
                         return evaluated(model, source, metrics, beam_args, arguments.batch_size)
                     return inferred(model, source, Path(scratch) / "out", beam_args, arguments.batch_size)
 
-                short, _ = timed(lambda: run(first))
-                long, result = timed(lambda: run(everything))
-                speed = arguments.rows * (FILES - 1) / FILES / max(long - short, 0.001)
+                (short, *_), (long, cpu, result) = timed(lambda: run(first)), timed(lambda: run(everything))
+                speed = arguments.rows * (FILES - 1) / FILES / (long - short) if long > 1.1 * short else 0.0
                 one_speed, expected = one_speed or speed, expected or result
                 same = "" if result == expected else ", RESULTS DIFFER"
                 differ |= result != expected
-                cells = [what, where, f"{short:.1f}", f"{long:.1f}", f"{arguments.rows / long:.0f}", f"{speed:.0f}"]
-                print(f"| {' | '.join(cells)} | {speed / one_speed:.2f}{same} |", flush=True)
+                cells = [what, where, f"{short:.1f}", f"{long:.1f}", f"{cpu:.1f}", f"{arguments.rows / long:.0f}"]
+                cells += [f"{speed:.0f}", f"{speed / one_speed:.2f}{same}"] if speed else ["-", f"-{same}"]
+                print(f"| {' | '.join(cells)} |", flush=True)
             print(f"\n{what}: {expected}\n" if what == "evaluate" else "")
         print("results differ" if differ else "the results of all ways are equal, to the last bit")
         sys.exit(1 if differ else 0)
