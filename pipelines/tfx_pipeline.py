@@ -2,8 +2,7 @@
 
 Example:
   python -m pipelines.tfx_pipeline --data_root=DIR_OF_CSV --pipeline_root=/tmp/taxi/root \
-    --metadata=/tmp/taxi/metadata.db --serving_dir=/tmp/taxi/serving --device_dir=/tmp/taxi/device \
-    --tflite=dynamic_int8 --max_accuracy_drop=0.01
+    --metadata=/tmp/taxi/metadata.db --serving_dir=/tmp/taxi/serving --device_dir=/tmp/taxi/device
 
 Exit codes: 0; 1 where the model is not blessed, so that nothing is pushed; 2 bad usage or input, or a component failed.
 """
@@ -97,7 +96,7 @@ def create_pipeline(
     from tfopt.tfx.optimization_validator import OptimizationValidator
     from tfopt.tfx.optimizer import Optimizer
 
-    example_gen = CsvExampleGen(data_root, csv_files()) if label else TaxiExampleGen(data_root)
+    example_gen = CsvExampleGen(data_root, csv_files()) if label else TaxiExampleGen(data_root).with_id("CsvExampleGen")
     label = label or taxi_trainer.LABEL
     examples = example_gen.outputs["examples"]
     statistics_gen = StatisticsGen(examples=examples)
@@ -179,7 +178,7 @@ def main(argv: Sequence[str]) -> int:
     _need_tfx()
     from tfopt.tfx import last_run, lineage, local_run
 
-    metadata = str(Path(FLAGS.metadata).absolute())
+    metadata = _absolute(FLAGS.metadata)
     run = local_run.run(_from_flags(_absolute, metadata=metadata), metadata, quiet=not FLAGS["verbosity"].present)
     print(last_run.summary(run), end="")
     pushed = last_run.outputs(run, lineage.PUSHED)
@@ -223,7 +222,7 @@ def _compile() -> int:
 
 
 def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).absolute())
+    return path if "://" in path else str(Path(path).resolve())
 
 
 def _need_tfx() -> None:

@@ -30,15 +30,15 @@ FLAGS = {
 }
 # Component -> its inputs as (name, component and output that they come from), and its outputs with their types.
 WANTED = {
-    "TaxiExampleGen": ({}, {"examples": "tfx.Examples"}),
-    "StatisticsGen": ({"examples": "TaxiExampleGen.examples"}, {"statistics": "tfx.ExampleStatistics"}),
+    "CsvExampleGen": ({}, {"examples": "tfx.Examples"}),
+    "StatisticsGen": ({"examples": "CsvExampleGen.examples"}, {"statistics": "tfx.ExampleStatistics"}),
     "SchemaGen": ({"statistics": "StatisticsGen.statistics"}, {"schema": "tfx.Schema"}),
     "Trainer": (
-        {"examples": "TaxiExampleGen.examples", "schema": "SchemaGen.schema"},
+        {"examples": "CsvExampleGen.examples", "schema": "SchemaGen.schema"},
         {"model": "tfx.Model", "model_run": "tfx.ModelRun"},
     ),
     "Optimizer": (
-        {"model": "Trainer.model", "examples": "TaxiExampleGen.examples"},
+        {"model": "Trainer.model", "examples": "CsvExampleGen.examples"},
         {"optimized_model": "tfx.Model", "tflite_model": "tfx.Model", "report": "tfopt.OptimizationReport"},
     ),
     "OptimizationValidator": (
@@ -46,7 +46,7 @@ WANTED = {
             "model": "Trainer.model",
             "optimized_model": "Optimizer.optimized_model",
             "tflite_model": "Optimizer.tflite_model",
-            "examples": "TaxiExampleGen.examples",
+            "examples": "CsvExampleGen.examples",
         },
         {"blessing": "tfx.ModelBlessing", "tflite_blessing": "tfx.ModelBlessing"},
     ),
@@ -60,7 +60,7 @@ WANTED = {
     ),
 }
 EXECUTORS = {
-    "TaxiExampleGen": "pipelines.taxi_examples.Executor",
+    "CsvExampleGen": "pipelines.taxi_examples.Executor",
     "StatisticsGen": "tfx.components.statistics_gen.executor.Executor",
     "SchemaGen": "tfx.components.schema_gen.executor.Executor",
     "Trainer": "tfx.components.trainer.executor.GenericExecutor",
@@ -141,7 +141,7 @@ def test_commands(executors, component):
 
 def test_parameters(spec):
     tasks = spec.root.dag.tasks
-    assert constant(tasks["TaxiExampleGen"], "input_base") == "gs://bucket/data"
+    assert constant(tasks["CsvExampleGen"], "input_base") == "gs://bucket/data"
     assert json.loads(constant(tasks["Trainer"], "train_args")) == {"num_steps": 123}
     assert constant(tasks["Trainer"], "run_fn") == "pipelines.taxi_trainer.run_fn"
     recipe = json.loads(constant(tasks["Optimizer"], "recipe"))

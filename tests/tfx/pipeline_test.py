@@ -16,7 +16,7 @@ pytest.importorskip("tfx", reason="make test-tfx runs it")
 from tests.conftest import REPO, serve_v1
 from tfopt.tfx import last_run, lineage
 
-STOCK = ["TaxiExampleGen", "StatisticsGen", "SchemaGen", "Trainer"]
+STOCK = ["CsvExampleGen", "StatisticsGen", "SchemaGen", "Trainer"]
 COMPONENTS = [*STOCK, "Optimizer", "OptimizationValidator", "DevicePusher", "Pusher"]
 
 
@@ -127,7 +127,7 @@ def test_pushed_models_answer(first):
 
     versions = first.versions()
     serving, device = (first.root / name / versions[name][0] for name in ("serving", "device"))
-    files = tf.io.gfile.glob(first.place("TaxiExampleGen.examples") + "/Split-eval/*")
+    files = tf.io.gfile.glob(first.place("CsvExampleGen.examples") + "/Split-eval/*")
     records = tf.data.TFRecordDataset(files, "GZIP").take(50)
     records = np.array(list(records.as_numpy_iterator()), dtype=object)
     expected = serve_v1(first.place("Trainer.model") + "/Format-Serving", {"examples": records})["probability"]
@@ -174,7 +174,7 @@ def test_lineage_goes_back_to_the_examples(again):
     found = lineage.trace(metadata, pushed=str(again.root / "serving"))
     made = {each.component: each for each in found.executions.values() if each.state == "COMPLETE"}
     assert sorted(made) == sorted(set(COMPONENTS) - {"DevicePusher"})
-    assert made["TaxiExampleGen"].inputs == ()
+    assert made["CsvExampleGen"].inputs == ()
     assert all(each.cached for each in made.values())
     text = lineage.draw(found)
     assert text.splitlines()[0].startswith("PushedModel ")
@@ -236,5 +236,5 @@ def test_a_component_that_fails_is_named(tmp_path):
     done = script(tmp_path, tmp_path / "data")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: TaxiExampleGen failed: Columns do not match specified csv headers")
-    assert not list((tmp_path / "root" / "TaxiExampleGen" / "examples").glob("*"))
+    assert line.startswith("error: CsvExampleGen failed: Columns do not match specified csv headers")
+    assert not list((tmp_path / "root" / "CsvExampleGen" / "examples").glob("*"))

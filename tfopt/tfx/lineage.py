@@ -197,7 +197,7 @@ def _pushed(store: Any, metadata: str, pushed: str | None) -> list[int]:
 
 
 def _absolute(path: str) -> str:
-    return path.rstrip("/") if "://" in path else str(Path(path).absolute())
+    return path.rstrip("/") if "://" in path else str(Path(path).resolve())
 
 
 def among(ids: Iterable[int]) -> str:
