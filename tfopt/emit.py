@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tfopt.optimize import Options
 
 SERVING_TFLITE = "serving_tflite"
+_EXTRA = "assets.extra"
 _PREFERRED = ("int8", "mixed", "dynamic_int8")  # where none was asked for by name
 
 
@@ -49,6 +51,7 @@ def emit(
     saved_model.save(model, serving, max_constant_bytes=saved_model.MAX_CONSTANT_BYTES if limit is None else limit)
     if model.requests:
         client_stub.write(model, serving)
+        shutil.copytree(serving / _EXTRA, workspace.scratch / _EXTRA)
     artifacts = [Artifact("serving", "saved_model", str(serving))]
     names = files(options)
     if not names:
@@ -110,6 +113,13 @@ def warmup_data(original: Model, served: Model, workspace: Workspace, options: O
     path = workspace.scratch / "warmup.npz"
     np.savez(path, **{k: a.astype("S") if a.dtype == object else a for k, a in arrays.items()})
     return str(path)
+
+
+def add_client(artifacts: list[Artifact], workspace: Workspace) -> None:
+    """Puts what clients need beside the TFLite files too, where the recipe changed the inputs of signatures."""
+    client = workspace.scratch / _EXTRA
+    if client.is_dir() and any(a.kind == "tflite" and a.path and not a.rejected for a in artifacts):
+        shutil.copytree(client, workspace.path("device") / _EXTRA)
 
 
 def add_deployment(artifacts: list[Artifact], data: str | None, options: Options) -> None:

@@ -202,6 +202,7 @@ def optimize(model: str | Path, output_dir: str | Path, options: Options = Optio
         report.artifacts = assess(assessment, artifacts)
         if options.serving_tflite:
             report.artifacts += emit.add_serving_tflite(report.artifacts, signatures, options)
+        emit.add_client(report.artifacts, workspace)
         emit.add_deployment(report.artifacts, warmup, options)
         emitted = [a for a in report.artifacts if a.name != "original" and not a.rejected]
         for artifact in report.artifacts:

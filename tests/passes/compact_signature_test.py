@@ -11,6 +11,7 @@ import tensorflow as tf
 from tests.serving import examples
 from tfopt import recipe
 from tfopt.errors import TfoptError
+from tfopt.evaluation import evaluate
 from tfopt.export import saved_model
 from tfopt.function import Function
 from tfopt.model import load
@@ -290,6 +291,23 @@ def test_what_a_run_refuses(plain_module, tmp_path, options, message):
     with pytest.raises(TfoptError, match=message):
         optimize(plain_module, tmp_path / "out", Options(**options))
     assert not (tmp_path / "out").exists()
+
+
+def test_files_for_devices_have_a_client_too(tmp_path):
+    module, spec = tf.Module(), {"a": tf.io.FixedLenFeature([2], tf.float32)}
+    double = tf.function(lambda x: {"y": 2 * tf.io.parse_example(x, spec)["a"]})
+    signature = double.get_concrete_function(tf.TensorSpec([None], tf.string, "examples"))
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures=signature)
+    done = optimize(tmp_path / "m", tmp_path / "out", Options(recipe="compact_signature", tflite=("float32",)))
+    device = done.directory / "device"
+    assert {path.name for path in (device / "assets.extra").iterdir()} == {"signatures.json", "client.py"}
+    with tf.io.TFRecordWriter(str(tmp_path / "rows.tfrecord")) as writer:
+        for value in (1.0, 2.5, -3.0):
+            floats = tf.train.FloatList(value=[value, -value])
+            feature = {"a": tf.train.Feature(float_list=floats)}
+            writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
+    found = evaluate([tmp_path / "m", device / "float32.tflite"], str(tmp_path / "rows.tfrecord"))
+    assert found.rows == 3 and found.results[1].equivalence.max_error == 0 and not found.results[1].failure
 
 
 def test_what_it_cannot_do_without_ends_the_run(tmp_path):

@@ -94,10 +94,10 @@ class OptimizerExecutor(BaseExecutor):
                 report.verify = report.verify.replace(str(options.representative_data), sample)
                 report.data["representative"] = sample
                 report.warnings = [w.replace(str(options.representative_data), sample) for w in report.warnings]
-            _publish(report, model if kept else str(made / "serving" / "1"), kept, outputs)
+            _publish(report, model if kept else str(made / "serving" / "1"), str(made / "device"), kept, outputs)
 
 
-def _publish(report: Report, serving: str, kept: bool, outputs: dict[str, list[types.Artifact]]) -> None:
+def _publish(report: Report, serving: str, device: str, kept: bool, outputs: dict[str, list[types.Artifact]]) -> None:
     """Copies what was made to its artifacts, the Serving model last, and tells MLMD about it."""
     (optimized,), (tflite,), (recorded,) = (outputs[n] for n in ("optimized_model", "tflite_model", "report"))
     facts = artifacts.properties(report) | {"kept_original": int(kept)}
@@ -110,9 +110,8 @@ def _publish(report: Report, serving: str, kept: bool, outputs: dict[str, list[t
             names.append(artifact.name)
         elif artifact.name == "serving" and artifact.path:
             artifact.path = final
-    clients = artifacts.client_files(serving) if names and not kept else []
-    for name in clients:  # how to make the inputs of the TFLite files of an example
-        io_utils.copy_file(posixpath.join(serving, name), posixpath.join(tflite.uri, name))
+    for name in artifacts.client_files(device):
+        io_utils.copy_file(posixpath.join(device, name), posixpath.join(tflite.uri, name))
     io_utils.write_string_file(posixpath.join(recorded.uri, "report.json"), report.to_json())
     io_utils.write_string_file(posixpath.join(recorded.uri, "report.html"), report.html())
     io_utils.copy_dir(serving, final)
