@@ -13,9 +13,11 @@ import pytest
 pytest.importorskip("apache_beam", reason="make test-tfx runs it")
 
 from apache_beam.io.localfilesystem import LocalFileSystem
+from apache_beam.ml.inference.base import PredictionResult
 
 from tests.conftest import REPO
 from tfopt import prediction_records
+from tfopt.beam import infer as on_beam
 from tfopt.errors import TfoptError
 from tfopt.inference import infer
 
@@ -70,6 +72,22 @@ def test_nothing_is_left_of_a_failed_run(source, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_runner_that_loses_rows_is_found_out(source, tmp_path, monkeypatch):
+    real = on_beam._encode
+
+    def lose(result, *arguments):
+        if result.example.start == 32:
+            result = PredictionResult(
+                result.example.take(slice(0, 31)), {k: v[:31] for k, v in result.inference.items()}
+            )
+        return real(result, *arguments)
+
+    monkeypatch.setattr(on_beam, "_encode", lose)
+    with pytest.raises(TfoptError, match="gave back 199 rows of 200: it lost or doubled some"):
+        infer(MODEL, source, f"{tmp_path}/out/", beam_args="")
+    assert not list(tmp_path.iterdir())
+
+
 def test_taxi_trips_keep_their_key(shared, tmp_path):
     model = next((shared / "models/tfx-chicago-taxi").rglob("saved_model.pb")).parent
     trips = str(shared / "data/chicago-taxi/tfexamples/Split-eval/*-0000[01]-of-*.gz")
@@ -79,14 +97,13 @@ def test_taxi_trips_keep_their_key(shared, tmp_path):
     assert here.rows == there.rows == 300 and contents(here.files) == contents(there.files)
 
 
-def test_threads_share_a_tflite_file(shared, tmp_path):
+def test_a_tflite_file(shared, tmp_path):
     model = shared / "models/kws-ds-cnn/kws_ref_model_float32.tflite"
     rows = np.load(shared / "data/kws/kws01_first500.npz")["input_1"][:100]
     np.savez(tmp_path / "rows.npz", input_1=rows.astype(np.float32))
     source = str(tmp_path / "rows.npz")
-    threads = "--direct_running_mode=multi_threading --direct_num_workers=2"
-    here = infer(model, source, f"{tmp_path}/here/", shards=2, threads=1)
-    there = infer(model, source, f"{tmp_path}/there/", shards=2, threads=1, beam_args=threads)
+    here = infer(model, source, f"{tmp_path}/here/", shards=2)
+    there = infer(model, source, f"{tmp_path}/there/", shards=2, beam_args="")
     assert contents(here.files) == contents(there.files) and here.rows == there.rows == 100
 
 

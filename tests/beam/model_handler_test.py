@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -59,3 +61,17 @@ def test_the_same_bits_as_in_one_process(rows, beam_args):
 def test_a_missing_artifact_is_one_line():
     with pytest.raises(TfoptError, match="/no/such: not there on the worker"):
         LockedProgram("/no/such")
+
+
+def test_threads_share_a_tflite_file(shared):
+    rows = np.load(shared / "data/kws/kws01_first500.npz")["input_1"].astype(np.float32)
+    whole = data.Dataset({"input_1": rows}, None, "rows")
+    batches = [whole.take(slice(start, start + 20)) for start in range(0, 400, 20)]
+    model = LockedProgram(str(shared / "models/kws-ds-cnn/kws_ref_model_float32.tflite"))
+    (signature,) = model.program.signatures
+    alone = [model(signature, batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda batch: model(signature, batch), batches))
+    for a, b in zip(alone, together, strict=True):
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])

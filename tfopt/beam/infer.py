@@ -12,7 +12,7 @@ import contextlib
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ from tfopt.prediction_records import Encoder, Place
 _WARNINGS = 20  # that are kept
 
 Encoded = tuple[int, list[bytes], tuple[str, ...]]  # place of the first row, records, warnings
-Written = tuple[int, tuple[str, ...]]  # rows, and warnings
+Written = tuple[int, int, tuple[str, ...]]  # rows, place after the last one, warnings
 
 
 class Infer(beam.PTransform):
-    """PBegin -> PCollection of one (rows, warnings); writes the files on the way."""
+    """PBegin -> PCollection of one `Written`; writes the files on the way."""
 
     def __init__(self, job: Job, paths: Sequence[str]):
         """Takes what can be pickled.
@@ -69,15 +69,21 @@ class Infer(beam.PTransform):
         )
 
 
-def run(job: Job, where: Place, overwrite: bool, beam_args: str) -> Written:
+def run(job: Job, where: Place, overwrite: bool, beam_args: str) -> tuple[int, tuple[str, ...]]:
     """Runs `Infer` to its end, and puts all files in their place, or none.
 
+    Returns:
+      The number of rows, and warnings.
+
     Raises:
-      TfoptError: see `pipeline.run`.
+      TfoptError: see `pipeline.run`; or the runner has lost or doubled rows.
     """
 
-    def fill(paths: Sequence[str]) -> Written:
-        return pipeline.run(lambda start: start | "Infer" >> Infer(job, paths), beam_args)
+    def fill(paths: Sequence[str]) -> tuple[int, tuple[str, ...]]:
+        rows, end, warnings = pipeline.run(lambda start: start | "Infer" >> Infer(job, paths), beam_args)
+        if rows != end:
+            raise TfoptError(f"Beam: the runner gave back {rows} rows of {end}: it lost or doubled some; use another")
+        return rows, warnings
 
     if "://" not in where.prefix:
         return prediction_records.write(where, overwrite, fill)
@@ -85,7 +91,7 @@ def run(job: Job, where: Place, overwrite: bool, beam_args: str) -> Written:
     return _write_remote(where, overwrite, fill)
 
 
-def _write_remote(where: Place, overwrite: bool, fill: Any) -> Written:
+def _write_remote(where: Place, overwrite: bool, fill: Callable[[Sequence[str]], Any]) -> Any:
     """What `prediction_records.write` does, on a remote file system."""
     found = FileSystems.match([f"{where.prefix}-*-of-*.tfrecord.gz"])
     earlier = [meta.path for matched in found for meta in matched.metadata_list]
@@ -115,7 +121,7 @@ def _write(grouped: tuple[int, Iterable[Encoded | None]], paths: list[str]) -> W
     file, batches = grouped
     ordered = sorted((batch for batch in batches if batch is not None), key=lambda batch: batch[0])
     _write_anywhere(paths[file], (record for _, records, _ in ordered for record in records))
-    return _total([(len(records), warnings) for _, records, warnings in ordered])
+    return _total([(len(records), start + len(records), warnings) for start, records, warnings in ordered])
 
 
 def _write_anywhere(path: str, records: Iterable[bytes]) -> None:
@@ -132,9 +138,10 @@ def _write_anywhere(path: str, records: Iterable[bytes]) -> None:
 
 def _total(parts: Iterable[Written]) -> Written:
     """Rows and warnings of several; the same whatever their order."""
-    rows = 0
+    rows = end = 0
     warnings: set[str] = set()
-    for count, said in parts:
+    for count, after, said in parts:
         rows += count
+        end = max(end, after)
         warnings.update(said)
-    return rows, tuple(sorted(warnings)[:_WARNINGS])
+    return rows, end, tuple(sorted(warnings)[:_WARNINGS])
