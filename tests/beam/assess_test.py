@@ -30,7 +30,7 @@ def rows(tmp_path_factory):
 def test_artifacts_have_the_metric_of_all_rows(rows, tmp_path, monkeypatch):
     def run(name: str, beam_args: str | None):
         options = Options(
-            tflite=("float32", "dynamic_int8"),
+            tflite=("dynamic_int8",),
             eval_data=rows,
             measure_latency=False,
             max_accuracy_drop=0.5,
@@ -41,7 +41,7 @@ def test_artifacts_have_the_metric_of_all_rows(rows, tmp_path, monkeypatch):
     here = run("here", None)
     monkeypatch.setattr(run_data, "ROWS_IN_MEMORY", 20)
     there = run("there", "")
-    assert [a.name for a in there.artifacts] == ["original", "serving", "float32", "dynamic_int8"]
+    assert [a.name for a in there.artifacts] == ["original", "serving", "dynamic_int8"]
     assert here.artifacts[0].accuracy.value == pytest.approx(1 - 43 / 300) and here.artifacts[0].accuracy.samples == 300
     for ours, theirs in zip(here.artifacts, there.artifacts, strict=True):
         assert ours.accuracy == theirs.accuracy and theirs.rejected is None

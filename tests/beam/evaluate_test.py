@@ -57,14 +57,12 @@ def rows(tmp_path_factory):
     return str(folder / "*.tfrecord")
 
 
-@pytest.mark.parametrize(
-    "metrics, beam_args", [(["accuracy", "logloss"], ""), (["accuracy", "logloss"], TWO), ([], "")]
-)
-def test_the_same_bits_as_here(artifacts, rows, metrics, beam_args):
+@pytest.mark.parametrize("metrics", [["accuracy", "logloss"], []])
+def test_the_same_bits_as_here(artifacts, rows, metrics):
     options = {"metrics": metrics, "output": "scores" if metrics else None, "batch_size": 24}
     here = evaluation.evaluate(artifacts, rows, **options)
     assert here.rows == 500 and len(here.results[1].equivalence.outputs["scores"].worst) == 10
-    assert evaluation.evaluate(artifacts, rows, beam_args=beam_args, **options).to_json() == here.to_json()
+    assert evaluation.evaluate(artifacts, rows, beam_args="", **options).to_json() == here.to_json()
 
 
 def test_compare_on_beam(artifacts, rows):
