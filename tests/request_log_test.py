@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -143,3 +145,16 @@ def test_what_cannot_be_read_is_one_line(written, messages, signature, message):
         with pytest.raises(TfoptError, match=message) as caught:
             read(source, SPECS, signature=signature)
         assert "\n" not in str(caught.value)
+
+
+def test_examples_need_no_protos_of_serving(tmp_path, monkeypatch, written):
+    import tensorflow as tf
+
+    monkeypatch.setitem(sys.modules, "tensorflow_serving.apis.predict_pb2", None)  # its import fails
+    example = tf.train.Example()
+    example.features.feature["x"].float_list.value.extend([1, 2])
+    assert data.load(written(example), SPECS).inputs["x"].tolist() == [[1, 2]]
+    with pytest.raises(
+        TfoptError, match=r"logged requests: needs tensorflow-serving-api: pip install 'tfopt\[serving\]'"
+    ):
+        data.load(written(predict(x=rows(1))), SPECS)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tfopt import publish
+from tfopt import publish, request_log
 from tfopt.data import Dataset
 from tfopt.errors import TfoptError
 
@@ -64,9 +64,8 @@ class Encoder(NamedTuple):
 
     def _log(self, batch: Dataset, row: int, outputs: Mapping[str, np.ndarray]) -> bytes:
         import tensorflow as tf
-        from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
 
-        log = PredictionLog()
+        log = request_log.protos("--format=prediction_log")[0]()
         for message in (log.predict_log.request, log.predict_log.response):
             message.model_spec.name = self.model
             message.model_spec.signature_name = self.signature
@@ -152,13 +151,15 @@ def write_file(path: str, records: Iterable[bytes]) -> None:
 
 
 def check(encoder: Encoder, outputs: Iterable[str], held: Iterable[str] | None) -> None:
-    """Raises where outputs or features to keep are not there.
+    """Raises where outputs or features to keep are not there, or what a format needs.
 
     Args:
         encoder: what was asked for.
         outputs: of the signature.
         held: the features of the first tf.Example; None where the rows are none.
     """
+    if encoder.format == PREDICTION_LOG:
+        request_log.protos("--format=prediction_log")
     have = sorted(outputs)
     for name in encoder.outputs:
         if name not in have:

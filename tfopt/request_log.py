@@ -25,16 +25,15 @@ DEFAULT = "serving_default"  # what a request means that names no signature
 def request(record: bytes) -> tuple[str, Any] | None:
     """Returns the method and the message of a PredictionLog or PredictRequest; None for every other record.
 
-    A tf.Example has field 1 only, and is neither.
+    A tf.Example is neither.
     """
     from google.protobuf.message import DecodeError
-    from tensorflow_serving.apis.predict_pb2 import PredictRequest
 
     log, kind = _log(record)
     if kind in _METHODS and getattr(log, kind).request.ByteSize():
         return _METHODS[kind], getattr(log, kind).request
     try:
-        message = PredictRequest.FromString(record)
+        message = protos("logged requests")[1].FromString(record)
         if message.inputs and all(tensor.dtype for tensor in message.inputs.values()):
             return "Predict", message
     except DecodeError:
@@ -43,8 +42,34 @@ def request(record: bytes) -> tuple[str, Any] | None:
 
 
 def is_logged(record: bytes) -> bool:
-    """Whether a record is one of a request log, and no tf.Example."""
+    """Whether a record is one of a request log; a tf.Example, which has field 1 only, needs no protos to tell."""
+    from google.protobuf.empty_pb2 import Empty
+    from google.protobuf.message import DecodeError
+    from google.protobuf.unknown_fields import UnknownFieldSet
+
+    try:
+        if {field.field_number for field in UnknownFieldSet(Empty.FromString(record))} <= {1}:
+            return False
+    except DecodeError:
+        return False
     return _log(record)[1] is not None or request(record) is not None
+
+
+def protos(what: str) -> tuple[Any, Any]:
+    """Returns the classes PredictionLog and PredictRequest.
+
+    Args:
+        what: needs them.
+
+    Raises:
+        TfoptError: the package that holds them, which an extra brings, is missing.
+    """
+    try:
+        from tensorflow_serving.apis.predict_pb2 import PredictRequest
+        from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
+    except ImportError as error:
+        raise TfoptError(f"{what}: needs tensorflow-serving-api: pip install 'tfopt[serving]'") from error
+    return PredictionLog, PredictRequest
 
 
 @dataclass(frozen=True)
@@ -146,10 +171,9 @@ def left_out_text(source: str, left_out: Mapping[str, int]) -> tuple[str, ...]:
 def _log(record: bytes) -> tuple[Any, str | None]:
     """A record as a PredictionLog, and the kind of log that it holds; None where it is none."""
     from google.protobuf.message import DecodeError
-    from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
 
     try:
-        log = PredictionLog.FromString(record)
+        log = protos("logged requests")[0].FromString(record)
     except DecodeError:
         return None, None
     return log, log.WhichOneof("log_type")
