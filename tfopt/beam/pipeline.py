@@ -69,7 +69,7 @@ def options(beam_args: str) -> PipelineOptions:
         problem = (said.getvalue().strip().splitlines() or [""])[-1]
         raise TfoptError(f"--beam_args: {re.sub('^[^:]*: error: ', '', problem)}") from error
     strange = [f"--{name}" for name in everything if name not in known]
-    strange += [a for a, before in zip(arguments, ["", *arguments], strict=False) if "-" not in (a[0], before[:1])]
+    strange += [a for a, before in zip(arguments, ["", *arguments], strict=False) if "-" not in (a[:1], before[:1])]
     if strange and _is_local(parsed):
         raise TfoptError(f"--beam_args: Beam's DirectRunner knows no {', '.join(strange)}")
     threads = _is_local(parsed) and parsed.view_as(DirectOptions).direct_running_mode == "multi_threading"
@@ -143,9 +143,8 @@ def _run_watched(pipeline: beam.Pipeline, parsed: PipelineOptions, folder: Path,
             return
         _delete(place)
         if attempt < runs:
-            logging.getLogger("absl").warning(
-                "Beam: %s: the pipeline starts again from the beginning (run %d of %d)", outcome.lost, attempt + 1, runs
-            )
+            again = f"the pipeline starts again from the beginning (run {attempt + 1} of {runs})"
+            print(f"warning: Beam: {outcome.lost}: {again}", file=sys.stderr, flush=True)
     raise TfoptError(
         f"Beam: {outcome.lost}, in each of {runs} runs: if memory ran out, use smaller batches or fewer "
         "--direct_num_workers; if the model crashes, run without --beam_args to see where"
