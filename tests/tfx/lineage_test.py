@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from ml_metadata.proto import metadata_store_pb2 as mlmd
 from tests.conftest import REPO
 from tfopt.errors import TfoptError
 from tfopt.tfx import lineage
-from tfopt.tfx.last_run import last_run
+from tfopt.tfx.last_run import last_run, summary
 
 PIPELINE = "taxi"
 
@@ -150,6 +151,36 @@ def test_last_run_of_a_pipeline(metadata):
     assert failed.state == "FAILED"
     with pytest.raises(TfoptError, match="no run of a pipeline 'tax'"):
         last_run(metadata, "tax")
+
+
+SUMMARY = """\
+CsvExampleGen           ran 0.0 s       execution 1
+Trainer                 ran 0.0 s       execution 2
+Validator               ran 0.0 s       execution 3
+Pusher                  ran 0.0 s       execution 4
+
+Validator.blessing: NOT BLESSED
+  serving: auc falls by 0.4
+  int8: the error is 0.8
+
+Pusher.pushed_model: nothing was pushed
+"""
+
+
+def test_summary_of_a_run(tmp_path):
+    recorder = Recorder(tmp_path / "metadata.db")
+    recorder.new_run("2026-01-01")
+    model = [("model", recorder.artifact("Model", "/root/Trainer/model/2"))]
+    recorder.execute("CsvExampleGen", [], [])
+    recorder.execute("Trainer", [], model)
+    reasons = "serving: auc falls by 0.4; int8: the error is 0.8"
+    blessing = recorder.artifact("ModelBlessing", "/root/Validator/blessing/3", blessed=0, reasons=reasons)
+    unused = recorder.artifact("ModelBlessing", "/root/Validator/tflite_blessing/3", blessed=0, reasons="no file")
+    recorder.execute("Validator", model, [("blessing", blessing), ("tflite_blessing", unused)])
+    pushed = recorder.artifact("PushedModel", "/root/Pusher/pushed_model/4", pushed=0)
+    recorder.execute("Pusher", [*model, ("model_blessing", blessing)], [("pushed_model", pushed)])
+    told = summary(last_run(tmp_path / "metadata.db", PIPELINE))
+    assert re.sub(r"ran \d+\.\d s", "ran 0.0 s", told) == SUMMARY
 
 
 def command(*flags):

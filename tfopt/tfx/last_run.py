@@ -48,12 +48,18 @@ def outputs(run: lineage.Lineage, kind: str) -> dict[str, Any]:
 
 
 def summary(run: lineage.Lineage) -> str:
-    """What ran and what came from the cache, the blessings with their reasons, and where models were pushed."""
+    """What ran and what came from the cache, the blessings with their reasons, and where models were pushed.
+
+    A blessing that no component of the run looks at is left out.
+    """
     lines = []
+    used = {number for each in run.executions.values() for _, number in each.inputs}
     for each in run.executions.values():
         how = "from the cache" if each.state == "CACHED" else f"ran {each.seconds:.1f} s"
         lines.append(f"{each.component:<24}{how:<16}execution {each.id}")
     for name, artifact in outputs(run, "ModelBlessing").items():
+        if artifact.id not in used:
+            continue
         facts = artifact.properties
         lines += ["", f"{name}: {'blessed' if facts.get('blessed') else 'NOT BLESSED'}"]
         lines += [f"  {reason}" for reason in facts.get("reasons", "").split("; ") if reason]
