@@ -40,8 +40,10 @@ def compile_pipeline(pipeline: Any, path: str | Path, image: str) -> dict[str, A
             job = KubeflowV2DagRunner(config).run(pipeline, write_out=False)
     except (ValueError, KeyError, TypeError, NotImplementedError) as error:
         raise TfoptError(f"{path}: TFX cannot compile the pipeline: {one_line(error)}") from error
+    beside = Path(path).with_name(f".{Path(path).name}.partial")
     try:
-        Path(path).write_text(json.dumps(job, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(job, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        beside.rename(path)
     except OSError as error:
         raise TfoptError(f"{path}: cannot be written: {error.strerror}") from error
     return job
