@@ -88,8 +88,7 @@ def whole_inputs(specs: Mapping[str, TensorSpec]) -> frozenset[str]:
 
 def batch_size(specs: Mapping[str, TensorSpec], default: int) -> int:
     """Returns the rows that one call takes: the fixed batch of the signature, or else `default`."""
-    whole = whole_inputs(specs)
-    first = [spec.shape[0] for name, spec in specs.items() if name not in whole and spec.shape]
+    first = [spec.shape[0] for name, spec in specs.items() if spec.shape and name not in whole_inputs(specs)]
     return next((size for size in first if size is not None), default)
 
 
@@ -203,8 +202,8 @@ def fit(
     missing = [str(spec) for name, spec in specs.items() if name not in arrays]
     if missing:
         raise TfoptError(f"{source}: wants {', '.join(missing)}; received {_names(arrays) or 'nothing'}")
-    warnings = [*notes]
-    warnings += [f"{source}: '{n}' is not an input of the model: ignored" for n in arrays.keys() - specs.keys()]
+    extra = arrays.keys() - specs.keys()
+    warnings = [*notes, *(f"{source}: '{n}' is not an input of the model: ignored" for n in extra)]
     whole = whole_inputs(specs)
     inputs: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
