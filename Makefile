@@ -53,7 +53,7 @@ test-edge: setup .venv-edge/.installed
 	@.venv-edge/bin/python -m pytest tests/edge
 
 test-tfx: .venv-tfx/.installed
-	@.venv-tfx/bin/python -m pytest tests/beam tests/tfx
+	@.venv-tfx/bin/python $(PYTEST) tests/beam tests/tfx
 
 bazel:
 	@tools/check_build.sh

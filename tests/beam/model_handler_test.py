@@ -68,10 +68,10 @@ def test_threads_share_a_tflite_file(shared):
     whole = data.Dataset({"input_1": rows}, None, "rows")
     batches = [whole.take(slice(start, start + 20)) for start in range(0, 400, 20)]
     model = LockedProgram(str(shared / "models/kws-ds-cnn/kws_ref_model_float32.tflite"))
-    (signature,) = model.program.signatures
-    alone = [model(signature, batch) for batch in batches]
+    (signature,) = model.signatures
+    alone = [inference_job.call(model, signature, batch) for batch in batches]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda batch: model(signature, batch), batches))
+        together = list(pool.map(lambda batch: inference_job.call(model, signature, batch), batches))
     for a, b in zip(alone, together, strict=True):
         for name in a:
             np.testing.assert_array_equal(a[name], b[name])

@@ -10,19 +10,16 @@ same to the last bit as that of one process.
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import apache_beam as beam
-import numpy as np
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.shared import Shared
 from apache_beam.utils.windowed_value import WindowedValue
 
-from tfopt import runtime
 from tfopt.beam import pipeline
-from tfopt.beam.model_handler import local_copy
+from tfopt.beam.model_handler import LockedProgram
 from tfopt.beam.rows import ReadRows
 from tfopt.data import Dataset
 from tfopt.errors import TfoptError
@@ -76,19 +73,7 @@ class _Programs:
     """The artifacts, opened once in a process for all its threads."""
 
     def __init__(self, paths: Iterable[str], threads: int):
-        self.all = [_Locked(runtime.open(local_copy(path), threads)) for path in paths]
-
-
-class _Locked:
-    """A program that threads can share: LiteRT's interpreter holds one set of tensors."""
-
-    def __init__(self, program: runtime.Program):
-        self._program = program
-        self._lock = threading.Lock()
-
-    def run(self, signature: str, inputs: Mapping[str, np.ndarray]) -> runtime.Outputs:
-        with self._lock:
-            return self._program.run(signature, inputs)
+        self.all = [LockedProgram(path, threads) for path in paths]
 
 
 class _Observe(beam.DoFn):

@@ -13,14 +13,16 @@ answers by the order in which batches reach it, which no runner keeps.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
@@ -32,22 +34,30 @@ from tfopt.errors import TfoptError
 THREADS = 1  # of one artifact's runtime: a runner keeps the cores busy with processes
 
 
-class LockedProgram:
+class LockedProgram(runtime.Program):
     """An opened artifact that the threads of a process can share.
 
     LiteRT's interpreter holds one set of tensors, so one call at a time runs on it. A SavedModel takes as many as come.
     """
 
-    def __init__(self, path: str, threads: int | None = THREADS, loader: str | None = None):
-        self.program = runtime.open(local_copy(path), threads, loader)
-        self._lock = threading.Lock() if self.program.loader in (runtime.LITERT, runtime.PLAIN) else None
+    def __init__(self, path: str, threads: int | None = THREADS):
+        self._program = runtime.open(local_copy(path), threads)
+        super().__init__(self._program.path)
+        self.loader, self.signatures = self._program.loader, self._program.signatures
+        one_at_a_time = self.loader in (runtime.LITERT, runtime.PLAIN)
+        self._turn: Any = threading.Lock() if one_at_a_time else contextlib.nullcontext()
 
-    def __call__(self, signature: str, batch: Dataset) -> runtime.Outputs:
-        """Runs a signature on a batch (see `tfopt.inference_job.call`)."""
-        if self._lock is None:
-            return inference_job.call(self.program, signature, batch)
-        with self._lock:
-            return inference_job.call(self.program, signature, batch)
+    def run(self, signature: str, inputs: Mapping[str, Any]) -> runtime.Outputs:
+        """See `tfopt.runtime.Program.run`."""
+        with self._turn:
+            return self._program.run(signature, inputs)
+
+    def _bind(self, signature: str, arrays: dict[str, np.ndarray]) -> Callable[[], runtime.Outputs]:
+        return self._program._bind(signature, arrays)
+
+    def close(self) -> None:
+        """See `tfopt.runtime.Program.close`."""
+        self._program.close()
 
 
 class ProgramHandler(ModelHandler[Dataset, PredictionResult, LockedProgram]):
@@ -74,7 +84,7 @@ class ProgramHandler(ModelHandler[Dataset, PredictionResult, LockedProgram]):
         self, batch: Any, model: LockedProgram, inference_args: Mapping[str, Any] | None = None
     ) -> Iterable[PredictionResult]:
         """Runs one batch."""
-        yield PredictionResult(batch, model(self._signature, batch), self._path)
+        yield PredictionResult(batch, inference_job.call(model, self._signature, batch), self._path)
 
     def should_skip_batching(self) -> bool:
         """Elements are batches."""

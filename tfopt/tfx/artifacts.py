@@ -9,7 +9,7 @@ import posixpath
 import tempfile
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
@@ -243,26 +243,32 @@ def single(artifacts: Mapping[str, Sequence[Artifact]], name: str) -> Artifact |
     return artifact_utils.get_single_instance(list(given))
 
 
-def outcome(executor: Any, work: Callable[[], None]) -> ExecutorOutput | None:
-    """Runs the work of an executor, and gives a TfoptError to whoever can tell the owner of the pipeline.
+class Reporting:
+    """What the executors here have in common, to be inherited before one of TFX's: `_run` does the work.
 
     The launcher of TFX writes a failed result with its message into MLMD, which it does not do with an exception. Other
     orchestrators ignore results, so that there only an exception fails the component.
-
-    Args:
-      executor: a BaseExecutor.
-      work: may raise TfoptError.
     """
-    try:
-        work()
-    except TfoptError as error:
-        line = printable(" ".join(str(error).split()))
-        context = executor._context
-        if context is None or context.pipeline_node is None:
-            raise TfoptError(line) from error
-        logging.error("%s", line)
-        return ExecutorOutput(execution_result=ExecutionResult(code=_INVALID_ARGUMENT, result_message=line))
-    return None
+
+    def Do(  # noqa: N802 (TFX's name)
+        self,
+        input_dict: dict[str, list[Artifact]],
+        output_dict: dict[str, list[Artifact]],
+        exec_properties: dict[str, Any],
+    ) -> ExecutorOutput | None:
+        """See `tfx.dsl.components.base.base_executor.BaseExecutor.Do`; a TfoptError reaches the pipeline's owner."""
+        executor: Any = self
+        executor._log_startup(input_dict, output_dict, exec_properties)
+        try:
+            executor._run(input_dict, output_dict, exec_properties)
+        except TfoptError as error:
+            line = printable(" ".join(str(error).split()))
+            context = executor._context
+            if context is None or context.pipeline_node is None:
+                raise TfoptError(line) from error
+            logging.error("%s", line)
+            return ExecutorOutput(execution_result=ExecutionResult(code=_INVALID_ARGUMENT, result_message=line))
+        return None
 
 
 def folders(path: str) -> list[str]:

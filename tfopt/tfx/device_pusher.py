@@ -34,49 +34,41 @@ from tfopt.tfx import artifacts
 from tfopt.tfx.manifest import NAME, manifest
 
 
-class DevicePusherExecutor(BaseExecutor):
+class DevicePusherExecutor(artifacts.Reporting, BaseExecutor):
     """Pushes all files or none, and never over a version that is there."""
 
-    def Do(  # noqa: N802 (TFX's name)
+    def _run(
         self,
-        input_dict: dict[str, list[types.Artifact]],
-        output_dict: dict[str, list[types.Artifact]],
-        exec_properties: dict[str, Any],
-    ) -> Any:
-        """See `tfx.dsl.components.base.base_executor.BaseExecutor.Do`."""
-        self._log_startup(input_dict, output_dict, exec_properties)
-        return artifacts.outcome(self, lambda: _run(input_dict, output_dict, exec_properties))
-
-
-def _run(
-    inputs: dict[str, list[types.Artifact]], outputs: dict[str, list[types.Artifact]], parameters: dict[str, Any]
-) -> None:
-    model, blessing = artifacts.single(inputs, "tflite_model"), artifacts.single(inputs, "blessing")
-    assert model is not None  # TFX checks inputs that are not optional
-    (pushed,) = outputs["pushed_model"]
-    files = artifacts.tflite_files(model.uri)
-    reason = _reason_against(model, blessing, files)
-    if reason:
-        artifacts.set_custom_properties(pushed, {"pushed": 0, "reason": reason})
-        return
-    base = parameters["push_destination"].rstrip("/")
-    if not base:
-        raise TfoptError("DevicePusher: push_destination is empty; name a directory")
-    source = {"artifact_id": model.id, "uri": model.uri, "blessing_id": blessing.id if blessing else None}
-    with artifacts.scratch() as folder:
-        root = artifacts.local(model.uri, folder)
-        local = [Path(root) / posixpath.relpath(file, model.uri) for file in files]
-        extra = [Path(root) / name for name in artifacts.client_files(root)]
-        version = _version(base, int(parameters.get("version") or 0))
-        described = manifest(local, version, artifacts.custom_properties(model), source)
-        if extra:
-            described["client"] = [f"assets.extra/{file.name}" for file in extra]
-        _copy(local, extra, described, pushed.uri)  # first: where it fails, nothing was pushed
-        final = _push(local, extra, described, base, version)
-    names = ",".join(file.name for file in local)
-    artifacts.set_custom_properties(
-        pushed, {"pushed": 1, "pushed_destination": final, "pushed_version": version, "files": names}
-    )
+        inputs: dict[str, list[types.Artifact]],
+        outputs: dict[str, list[types.Artifact]],
+        parameters: dict[str, Any],
+    ) -> None:
+        model, blessing = artifacts.single(inputs, "tflite_model"), artifacts.single(inputs, "blessing")
+        assert model is not None  # TFX checks inputs that are not optional
+        (pushed,) = outputs["pushed_model"]
+        files = artifacts.tflite_files(model.uri)
+        reason = _reason_against(model, blessing, files)
+        if reason:
+            artifacts.set_custom_properties(pushed, {"pushed": 0, "reason": reason})
+            return
+        base = parameters["push_destination"].rstrip("/")
+        if not base:
+            raise TfoptError("DevicePusher: push_destination is empty; name a directory")
+        source = {"artifact_id": model.id, "uri": model.uri, "blessing_id": blessing.id if blessing else None}
+        with artifacts.scratch() as folder:
+            root = artifacts.local(model.uri, folder)
+            local = [Path(root) / posixpath.relpath(file, model.uri) for file in files]
+            extra = [Path(root) / name for name in artifacts.client_files(root)]
+            version = _version(base, int(parameters.get("version") or 0))
+            described = manifest(local, version, artifacts.custom_properties(model), source)
+            if extra:
+                described["client"] = [f"assets.extra/{file.name}" for file in extra]
+            _copy(local, extra, described, pushed.uri)  # first: where it fails, nothing was pushed
+            final = _push(local, extra, described, base, version)
+        names = ",".join(file.name for file in local)
+        artifacts.set_custom_properties(
+            pushed, {"pushed": 1, "pushed_destination": final, "pushed_version": version, "files": names}
+        )
 
 
 def _reason_against(model: types.Artifact, blessing: types.Artifact | None, files: list[str]) -> str | None:

@@ -45,18 +45,8 @@ EVALUATION = "evaluation.json"
 _TFLITE_ID = "tflite_model_id"
 
 
-class OptimizationValidatorExecutor(BaseBeamExecutor):
+class OptimizationValidatorExecutor(artifacts.Reporting, BaseBeamExecutor):
     """Evaluates once, and writes both blessings."""
-
-    def Do(  # noqa: N802 (TFX's name)
-        self,
-        input_dict: dict[str, list[types.Artifact]],
-        output_dict: dict[str, list[types.Artifact]],
-        exec_properties: dict[str, Any],
-    ) -> Any:
-        """See `tfx.dsl.components.base.base_executor.BaseExecutor.Do`."""
-        self._log_startup(input_dict, output_dict, exec_properties)
-        return artifacts.outcome(self, lambda: self._run(input_dict, output_dict, exec_properties))
 
     def _run(
         self,

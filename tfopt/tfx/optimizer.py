@@ -53,18 +53,8 @@ def parse_options(given: str | Mapping[str, Any]) -> dict[str, Any]:
     return artifacts.fields(optimize.Options, given, "options", _OWN)
 
 
-class OptimizerExecutor(BaseExecutor):
+class OptimizerExecutor(artifacts.Reporting, BaseExecutor):
     """Runs `tfopt.optimize.optimize` beside the outputs, and copies there what is complete."""
-
-    def Do(  # noqa: N802 (TFX's name)
-        self,
-        input_dict: dict[str, list[types.Artifact]],
-        output_dict: dict[str, list[types.Artifact]],
-        exec_properties: dict[str, Any],
-    ) -> Any:
-        """See `tfx.dsl.components.base.base_executor.BaseExecutor.Do`."""
-        self._log_startup(input_dict, output_dict, exec_properties)
-        return artifacts.outcome(self, lambda: self._run(input_dict, output_dict, exec_properties))
 
     def _run(
         self,
