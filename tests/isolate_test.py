@@ -51,6 +51,12 @@ def test_output_and_exit_code_are_those_of_the_script(run, tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
 
 
+def test_warnings_of_tfopt_are_shown_and_those_of_others_are_not(run):
+    code = "from absl import logging; logging.warning('%s of others', 1);"
+    code += "import tfopt.isolate; exec(compile('logging.warning(\"ours\")', tfopt.isolate.__file__, 'exec'))"
+    assert run(code).stderr == "for the user\nwarning: ours\n"
+
+
 def test_verbosity_shows_everything(run):
     assert "second line" in run("", "--verbosity=1").stderr
 

@@ -277,6 +277,5 @@ def _time(job: Assessment, artifacts: list[Artifact]) -> None:
         timed = times[artifact.name]
         if timed.error:
             artifact.notes.append(timed.error)
-            logging.warning("%s: %s", artifact.name, timed.error)
         artifact.latency_ms_p50, artifact.latency_ms_p95 = timed.p50_ms, timed.p95_ms
         artifact.peak_memory_bytes = timed.peak_memory_bytes

@@ -6,12 +6,14 @@ keeps TensorFlow's own log lines from the user's terminal, and turns a death by 
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags
@@ -19,6 +21,7 @@ from absl import app, flags
 from tfopt.errors import TfoptError, printable
 
 _CHILD = "TFOPT_CHILD"
+_OWN = (Path(__file__).parent, Path(__file__).parent.parent / "pipelines")
 _NATIVE_LOG = re.compile(
     rb"^(WARNING: All log messages before absl|INFO: (Created|Initialized) TensorFlow Lite|[IWE]\d{4} \d\d:\d\d|"
     rb"[IWEF]0000 00:00:|\d{4}(-\d\d){2} [\d:]{8}\.\d+: )"
@@ -99,8 +102,17 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         sys.exit(2)
 
 
+class _Warnings(logging.Handler):
+    """Shows warnings of tfopt's own code; those of TensorFlow and of the packages around it stay in the log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING and any(Path(record.pathname).is_relative_to(own) for own in _OWN):
+            print(f"warning: {printable(record.getMessage())}", file=sys.stderr, flush=True)
+
+
 def _guarded(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> None:
     _die_with_parent()
+    logging.getLogger("absl").addHandler(_Warnings())
     try:
         code = main(argv)
     except TfoptError as error:

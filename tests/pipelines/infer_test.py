@@ -41,6 +41,14 @@ def test_rows_speed_and_files(server, rows, tmp_path):
     assert server.run([*flags, "--overwrite"], tmp_path / "log").code == 0
 
 
+def test_what_the_data_hold_beside_is_a_warning(server, rows, tmp_path):
+    with np.load(rows) as arrays:
+        np.savez(tmp_path / "more.npz", other=arrays["image"], **arrays)
+    flags = [f"--model={MODEL}", f"--data={tmp_path}/more.npz", f"--output={tmp_path}/out/"]
+    ended = server.run(flags, tmp_path / "log")
+    assert ended.code == 0 and "'other' is not an input of the model: ignored" in ended.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
