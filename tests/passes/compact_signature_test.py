@@ -294,17 +294,23 @@ def test_what_a_run_refuses(plain_module, tmp_path, options, message):
 
 
 def test_files_for_devices_have_a_client_too(tmp_path):
-    module, spec = tf.Module(), {"a": tf.io.FixedLenFeature([2], tf.float32)}
-    double = tf.function(lambda x: {"y": 2 * tf.io.parse_example(x, spec)["a"]})
-    signature = double.get_concrete_function(tf.TensorSpec([None], tf.string, "examples"))
+    module, spec = tf.Module(), {name: tf.io.FixedLenFeature([2], tf.float32) for name in "ab"}
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "examples")])
+    def signature(examples):
+        parsed = tf.io.parse_example(examples, spec)
+        return {"y": 2 * parsed["a"] + parsed["b"]}
+
     tf.saved_model.save(module, str(tmp_path / "m"), signatures=signature)
     done = optimize(tmp_path / "m", tmp_path / "out", Options(recipe="compact_signature", tflite=("float32",)))
+    (serving,) = (artifact for artifact in done.report.artifacts if artifact.name == "serving")
+    assert any("the handing over of 2 inputs from Python" in note for note in serving.notes)
     device = done.directory / "device"
     assert {path.name for path in (device / "assets.extra").iterdir()} == {"signatures.json", "client.py"}
     with tf.io.TFRecordWriter(str(tmp_path / "rows.tfrecord")) as writer:
         for value in (1.0, 2.5, -3.0):
             floats = tf.train.FloatList(value=[value, -value])
-            feature = {"a": tf.train.Feature(float_list=floats)}
+            feature = {name: tf.train.Feature(float_list=floats) for name in "ab"}
             writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
     found = evaluate([tmp_path / "m", device / "float32.tflite"], str(tmp_path / "rows.tfrecord"))
     assert found.rows == 3 and found.results[1].equivalence.max_error == 0 and not found.results[1].failure
