@@ -217,6 +217,24 @@ def cut(
     return Batches(source, specs, label, limit, size, tuple(files), found, features, keep_records)
 
 
+def filled(rows: Dataset, least: int) -> dict[str, np.ndarray]:
+    """The inputs of a batch, with copies of its last row where it has fewer than `least`."""
+    missing = least - len(rows)
+    if missing <= 0 or rows.whole.issuperset(rows.inputs):
+        return rows.inputs
+    return {
+        name: array if name in rows.whole else np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
+        for name, array in rows.inputs.items()
+    }
+
+
+def without_filling(outputs: Mapping[str, np.ndarray], rows: int, given: int) -> dict[str, np.ndarray]:
+    """Outputs of `given` rows without those that were filled in; one that has no row for each is given as it is."""
+    if rows == given:
+        return dict(outputs)
+    return {name: a[:rows] if a.ndim and len(a) == given else a for name, a in outputs.items()}
+
+
 def _empty(source: str, notes: Sequence[str]) -> str:
     return "; ".join([f"{source}: holds no rows for these inputs", *notes])
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from tfopt import batches, runtime
 from tfopt.data import Dataset, batch_size
 from tfopt.errors import TfoptError
@@ -33,28 +31,20 @@ class Job:
         return self.encoder.records(batch, call(program, self.encoder.signature, batch))
 
 
-def call(program: runtime.Program, signature: str, batch: Dataset, size: int | None = None) -> runtime.Outputs:
+def call(program: runtime.Program, signature: str, batch: Dataset) -> runtime.Outputs:
     """Runs a signature on a batch, also one that is smaller than the signature's fixed batch.
 
     Args:
       program: an opened artifact.
       signature: its name.
       batch: rows as the signature takes them.
-      size: fill the batch up to so many rows with copies of its last; None only where the signature has a fixed batch.
 
     Returns:
       The outputs, without what was filled up. An output that has no row for each row of input is given as it is.
     """
     rows = len(batch)
-    wanted = size or batch_size(program.signatures[signature].inputs, rows)
-    inputs = batch.inputs
-    if rows < wanted:
-        pick = np.minimum(np.arange(wanted), rows - 1)
-        inputs = {name: array if name in batch.whole else array[pick] for name, array in inputs.items()}
-    outputs = program.run(signature, inputs)
-    if rows < wanted:
-        outputs = {name: a[:rows] if a.ndim and len(a) == wanted else a for name, a in outputs.items()}
-    return outputs
+    wanted = max(rows, batch_size(program.signatures[signature].inputs, rows))
+    return batches.without_filling(program.run(signature, batches.filled(batch, wanted)), rows, wanted)
 
 
 def check_signature(program: runtime.Program, signature: str | None) -> str:

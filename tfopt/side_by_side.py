@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from tfopt import runtime
-from tfopt.counterparts import Asked, Inputs
+from tfopt.batches import filled, without_filling
+from tfopt.counterparts import Asked
 from tfopt.data import Dataset
 from tfopt.equivalence import Equivalence
 from tfopt.errors import TfoptError
@@ -78,7 +78,7 @@ class Seen:
             if index in self.failures:
                 continue
             try:
-                outputs = _cut(asked.run(program, inputs), count, max(count, job.least))
+                outputs = without_filling(asked.run(program, inputs), count, max(count, job.least))
                 self._score(job, index, outputs, rows)
                 if index:
                     self.equivalences[index].add(expected, _alike(expected, outputs), ids)
@@ -164,24 +164,6 @@ def observe(job: Job, programs: Sequence[runtime.Program], batches: Iterable[Dat
             seen.add(job, programs, batch)
             bar.update(len(batch))
     return seen
-
-
-def filled(rows: Dataset, least: int) -> Inputs:
-    """The inputs of a batch, with copies of its last row where it has fewer than `least`."""
-    missing = least - len(rows)
-    if missing <= 0 or rows.whole.issuperset(rows.inputs):
-        return rows.inputs
-    return {
-        name: array if name in rows.whole else np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
-        for name, array in rows.inputs.items()
-    }
-
-
-def _cut(outputs: runtime.Outputs, rows: int, given: int) -> runtime.Outputs:
-    """Outputs without those of the rows that were filled in."""
-    if rows == given:
-        return outputs
-    return {name: a[:rows] if a.ndim and len(a) == given else a for name, a in outputs.items()}
 
 
 def _alike(expected: runtime.Outputs, received: runtime.Outputs) -> runtime.Outputs:

@@ -61,18 +61,6 @@ class Seen:
         for ref, found in other.tensors.items():
             self.tensors.setdefault(ref, Observed()).merge(found)
 
-    def check(self) -> None:
-        """Raises where the runner did not bring every row once.
-
-        Raises:
-          TfoptError: it says how many rows it brought.
-        """
-        if self.rows != self.end:
-            raise TfoptError(
-                f"--beam_args: the runner lost or doubled rows: {self.rows:,} were seen of {self.end:,}; "
-                "use another one"
-            )
-
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -144,7 +132,7 @@ def observe(
     with _published(opened, beam_args) as path:
         job = Job(path, signature, tuple(refs), size, first if fixed else None)
         seen = pipeline.run(lambda start: start | "Rows" >> rows | "Observe" >> Observe(job, counts), beam_args)
-    seen.check()
+    pipeline.check_rows(seen.rows, seen.end)
     calibration.check_seen(seen.tensors, refs, source)
     return {ref: seen.tensors[ref] for ref in refs}
 
@@ -220,7 +208,7 @@ class _Extremes(_Looking):
 
 class _Counts(_Looking):
     def process(self, rows: Dataset, extremes: Seen) -> None:
-        extremes.check()
+        pipeline.check_rows(extremes.rows, extremes.end)
         for ref, array in self._tensors(rows).items():
             if ends := extremes.tensors.get(ref):  # where nothing was seen, that is an error in the end
                 self._seen.tensors.setdefault(ref, Observed(ends.low, ends.high)).add(array)

@@ -22,7 +22,6 @@ from tfopt.beam import pipeline
 from tfopt.beam.model_handler import LockedProgram
 from tfopt.beam.rows import ReadRows
 from tfopt.data import Dataset
-from tfopt.errors import TfoptError
 from tfopt.side_by_side import Job, Key, Seen, joined, reduced
 
 _ROWS = 1 << 17  # that a worker gathers before it sends: it holds their scores
@@ -62,10 +61,7 @@ def observe(job: Job, rows: ReadRows, beam_args: str, threads: int) -> Seen:
       TfoptError: see `pipeline.run`; or the runner lost or doubled rows, as some do.
     """
     seen = pipeline.run(lambda start: start | "Rows" >> rows | "Evaluate" >> Evaluate(job, threads), beam_args)
-    if seen.rows != seen.end:
-        raise TfoptError(
-            f"--beam_args: the runner lost or doubled rows: {seen.rows:,} were seen of {seen.end:,}; use another one"
-        )
+    pipeline.check_rows(seen.rows, seen.end)
     return seen
 
 

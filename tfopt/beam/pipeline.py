@@ -119,6 +119,22 @@ def run(build: Callable[[beam.Pipeline], beam.PCollection], beam_args: str, *, r
             _delete(place)
 
 
+def check_rows(seen: int, end: int) -> None:
+    """Raises where a runner did not bring every row once.
+
+    Args:
+      seen: how many rows it brought.
+      end: number of the last of them, plus 1.
+
+    Raises:
+      TfoptError: it says how many rows it brought.
+    """
+    if seen != end:
+        raise TfoptError(
+            f"--beam_args: the runner lost or doubled rows: {seen:,} were seen of {end:,}; use another one"
+        )
+
+
 def _run_here(pipeline: beam.Pipeline) -> None:
     try:
         pipeline.run().wait_until_finish()
